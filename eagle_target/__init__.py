@@ -1,0 +1,68 @@
+"""EAGLE-3 training supervision from a frozen target, whatever engine runs it.
+
+Names are loaded on first use, so that importing the package imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from eagle_target.backend import BatchHandle, Eagle3TargetBackend
+    from eagle_target.batch import Eagle3TargetBatch
+    from eagle_target.client.remote import RemoteEagle3TargetModel
+    from eagle_target.colocated import RunnerEagle3TargetModel
+    from eagle_target.info import ServedTarget, TargetInfo
+    from eagle_target.layers import default_eagle3_aux_layer_ids
+    from eagle_target.runner import DraftHead, TargetForward, TargetRunner
+    from eagle_target.server.engine import TargetModelServer
+    from eagle_target.supervision import SupervisionRequest, compute_supervision
+    from eagle_target.targets import load_target, open_target
+    from eagle_target.vocabulary import VocabMapping
+
+_HOMES = {
+    "BatchHandle": "backend",
+    "DraftHead": "runner",
+    "Eagle3TargetBackend": "backend",
+    "Eagle3TargetBatch": "batch",
+    "RemoteEagle3TargetModel": "client.remote",
+    "RunnerEagle3TargetModel": "colocated",
+    "ServedTarget": "info",
+    "SupervisionRequest": "supervision",
+    "TargetForward": "runner",
+    "TargetInfo": "info",
+    "TargetModelServer": "server.engine",
+    "TargetRunner": "runner",
+    "VocabMapping": "vocabulary",
+    "compute_supervision": "supervision",
+    "default_eagle3_aux_layer_ids": "layers",
+    "load_target": "targets",
+    "open_target": "targets",
+}
+
+__all__ = [
+    "BatchHandle",
+    "DraftHead",
+    "Eagle3TargetBackend",
+    "Eagle3TargetBatch",
+    "RemoteEagle3TargetModel",
+    "RunnerEagle3TargetModel",
+    "ServedTarget",
+    "SupervisionRequest",
+    "TargetForward",
+    "TargetInfo",
+    "TargetModelServer",
+    "TargetRunner",
+    "VocabMapping",
+    "compute_supervision",
+    "default_eagle3_aux_layer_ids",
+    "load_target",
+    "open_target",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,254 @@
+"""From a trainer's rows to a ragged request, and from ragged supervision back to the trainer's batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from eagle_target.batch import Eagle3TargetBatch
+from eagle_target.errors import ContractError, ProtocolError
+from eagle_target.projection import project_draft
+from eagle_target.rows import RowStore, scattered_store
+from eagle_target.sequences import RowLayout, lay_out_rows
+from eagle_target.supervision import SupervisionRequest, check_token_ids
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from eagle_target.projection import Encoding, RowPolicy
+    from eagle_target.rows import Allocate
+    from eagle_target.runner import DraftHead
+    from eagle_target.sequences import SeqLens
+    from eagle_target.vocabulary import VocabMapping
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainerRows:
+    """A trainer's checked input: `[batch, seq]` rows and where the sequences lie in them.
+
+    supervised: bool `[tokens]`; a token whose prediction bears loss: it is masked in and starts no sequence.
+    """
+
+    layout: RowLayout
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    loss_mask: torch.Tensor
+    position_ids: torch.Tensor | None
+    seq_lens: torch.Tensor | None
+    doc_remaining: torch.Tensor | None
+    supervised: torch.Tensor
+
+    def row_mask(self, rows: RowPolicy) -> torch.Tensor:
+        """Bool `[tokens]`: which rows of the distribution the policy asks for."""
+        return self.supervised if rows == "supervised" else ~self.layout.is_first
+
+    def request(
+        self, *, encoding: Encoding, rows: RowPolicy, mapping: VocabMapping | None, probs_dtype: torch.dtype
+    ) -> SupervisionRequest:
+        """The ragged request for these rows."""
+        return SupervisionRequest(
+            input_ids=self.layout.pack(self.input_ids).to("cpu"),
+            seq_lens=self.layout.seq_lens,
+            row_mask=self.row_mask(rows),
+            encoding=encoding,
+            mapping=mapping,
+            probs_dtype=probs_dtype,
+        )
+
+
+def read_trainer_rows(
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    loss_mask: torch.Tensor,
+    *,
+    vocab_size: int,
+    position_ids: torch.Tensor | None = None,
+    seq_lens: SeqLens | None = None,
+    doc_remaining: torch.Tensor | None = None,
+) -> TrainerRows:
+    """Check a trainer's `[batch, seq]` tensors and find their sequences.
+
+    A pad never bears loss, whatever `loss_mask` says there. In a packed batch missing `position_ids` and
+    `doc_remaining` are derived.
+
+    Raises:
+        ContractError: wrong dtypes or shapes, masks that are not 0/1 or have holes, lengths that do not add up, ids
+            outside the vocabulary, position ids that do not restart with each sequence.
+    """
+    _check_rows(input_ids, attention_mask, loss_mask)
+    layout = lay_out_rows(attention_mask, seq_lens)
+    check_token_ids(layout.pack(input_ids), vocab_size)
+    supervised = layout.pack(loss_mask).to("cpu", torch.bool) & ~layout.is_first
+    if position_ids is not None:
+        _check_shape("position_ids", position_ids, layout)
+        _check_position_ids(layout, position_ids)
+    lengths: torch.Tensor | None = None
+    if seq_lens is not None:
+        lengths = seq_lens if isinstance(seq_lens, torch.Tensor) else _pad_lengths(seq_lens)
+        position_ids = layout.unpack(layout.position_ids()) if position_ids is None else position_ids
+        doc_remaining = layout.unpack(layout.doc_remaining()) if doc_remaining is None else doc_remaining
+    if doc_remaining is not None:
+        _check_shape("doc_remaining", doc_remaining, layout)
+    return TrainerRows(
+        layout=layout,
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        loss_mask=loss_mask,
+        position_ids=position_ids,
+        seq_lens=lengths,
+        doc_remaining=doc_remaining,
+        supervised=supervised,
+    )
+
+
+class BatchAssembler:
+    """A sink that scatters ragged supervision into a batch on one device.
+
+    Row s of the distribution goes to position s - 1, so the shift happens here and crosses no sequence end.
+
+    Args:
+        rows: the trainer's rows; request: what was asked for.
+        draft_head: needed for encoding `hidden`. device: where the batch goes.
+        allocate: makes uninitialised memory of a shape and dtype.
+    """
+
+    def __init__(
+        self,
+        rows: TrainerRows,
+        request: SupervisionRequest,
+        *,
+        draft_head: DraftHead | None,
+        device: torch.device,
+        allocate: Allocate,
+    ) -> None:
+        self._rows = rows
+        self._request = request
+        self._draft_head = draft_head
+        self._device = device
+        self._allocate = allocate
+        self._stores: dict[str, RowStore] = {}
+        self._hidden: torch.Tensor | None = None
+        self._row_positions = rows.layout.token_positions[request.row_mask] - 1
+
+    def allocate(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> RowStore:
+        """Return the store that scatters `[rows, ...]` into the batch.
+
+        Raises:
+            ProtocolError: a tensor nobody asked for, twice the same, or of another length than asked for.
+        """
+        wanted = len(self._rows.layout.token_positions if name == "aux_hidden_states" else self._row_positions)
+        if name in self._stores or not shape or shape[0] != wanted:
+            raise ProtocolError(f"supervision has {name} {list(shape)} once too often or not of {wanted} rows")
+        if name == "last_hidden_states":
+            self._hidden = self._allocate(tuple(shape), dtype)
+            self._stores[name] = RowStore(self._hidden)
+        else:
+            positions = self._rows.layout.token_positions if name == "aux_hidden_states" else self._row_positions
+            slots = self._rows.layout.batch * self._rows.layout.seq
+            self._stores[name] = scattered_store(slots, shape, dtype, positions, self._allocate)
+        return self._stores[name]
+
+    def put(self, name: str, rows: torch.Tensor) -> None:
+        """Scatter a whole tensor `[rows, ...]`."""
+        if name == "last_hidden_states":
+            self._hidden = rows.to(self._device)
+        else:
+            self.allocate(name, rows.shape, rows.dtype).write(0, rows)
+
+    def finish(self) -> Eagle3TargetBatch:
+        """Return the batch, once every tensor is in.
+
+        Raises:
+            ProtocolError: a tensor of the encoding is missing.
+        """
+        if self._request.encoding == "hidden":
+            self._project_hidden()
+        probs = None if self._request.encoding == "logits" else self._take("target_probs")
+        top_ids = self._take("target_top_ids")
+        return Eagle3TargetBatch(
+            aux_hidden_states=self._take("aux_hidden_states"),
+            input_ids=self._rows.layout.shift_left(self._rows.input_ids).to(self._device),
+            attention_mask=self._rows.attention_mask.to(self._device),
+            loss_mask=self._shifted_loss_mask(),
+            logits=self._take("logits") if probs is None else None,
+            target_probs=probs,
+            position_mask=None if probs is None else self._position_mask(top_ids),
+            target_top_ids=top_ids,
+            target_logsumexp=self._take("target_logsumexp"),
+            position_ids=self._on_device(self._rows.position_ids),
+            seq_lens=self._on_device(self._rows.seq_lens),
+            doc_remaining=self._on_device(self._rows.doc_remaining),
+        )
+
+    def _project_hidden(self) -> None:
+        if self._hidden is None or self._draft_head is None:
+            raise ProtocolError("supervision in encoding 'hidden' came without last_hidden_states or a draft head")
+        shape = (len(self._hidden), len(self._draft_head.weight))
+        store = self.allocate("target_probs", shape, self._request.probs_dtype)
+        project_draft(self._hidden, self._draft_head, store)
+
+    def _take(self, name: str) -> torch.Tensor:
+        if name not in self._stores:
+            raise ProtocolError(f"supervision came without {name}, only with {sorted(self._stores)}")
+        out = self._stores[name].out
+        layout = self._rows.layout
+        return out.view(layout.batch, layout.seq, *out.shape[1:])
+
+    def _shifted_loss_mask(self) -> torch.Tensor:
+        layout, mask = self._rows.layout, self._rows.loss_mask
+        return layout.shift_left(mask).to(self._device)
+
+    def _position_mask(self, top_ids: torch.Tensor) -> torch.Tensor:
+        if self._request.mapping is None:
+            raise ContractError("position_mask needs a vocabulary mapping: call set_vocab_mapping first")
+        in_draft = self._request.mapping.to(self._device).selected_token_mask[top_ids.to(torch.int64)]
+        return (in_draft & self._shifted_loss_mask().bool())[..., None]
+
+    def _on_device(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor.to(self._device)
+
+
+def _check_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor, loss_mask: torch.Tensor) -> None:
+    if input_ids.dim() != 2 or input_ids.dtype != torch.int64 or not input_ids.numel():
+        raise ContractError(
+            f"input_ids must be int64 [batch, seq], got {input_ids.dtype} {list(input_ids.shape)}: "
+            "use input_ids.long(), and unsqueeze(0) for a single row"
+        )
+    for name, mask in (("attention_mask", attention_mask), ("loss_mask", loss_mask)):
+        if mask.shape != input_ids.shape:
+            raise ContractError(
+                f"{name} is {list(mask.shape)}, input_ids {list(input_ids.shape)}: both must be [batch, seq]; "
+                "documents of a packed row go into seq_lens"
+            )
+        wrong = ((mask != 0) & (mask != 1)).nonzero()
+        if len(wrong):
+            row, column = wrong[0].tolist()
+            raise ContractError(
+                f"{name} has {mask[row, column].item()} at row {row}, position {column}: it must be 0 or 1"
+            )
+
+
+def _check_shape(name: str, tensor: torch.Tensor, layout: RowLayout) -> None:
+    if tuple(tensor.shape) != (layout.batch, layout.seq) or tensor.is_floating_point():
+        raise ContractError(
+            f"{name} must be integers {[layout.batch, layout.seq]}, got {tensor.dtype} {list(tensor.shape)}"
+        )
+
+
+def _check_position_ids(layout: RowLayout, position_ids: torch.Tensor) -> None:
+    given, expected = layout.pack(position_ids).to("cpu"), layout.position_ids()
+    wrong = (given != expected).nonzero()
+    if len(wrong):
+        index = int(wrong[0, 0])
+        row, column = divmod(int(layout.token_positions[index]), layout.seq)
+        raise ContractError(
+            f"position_ids has {int(given[index])} at row {row}, position {column}, expected {int(expected[index])}: "
+            "it restarts at 0 with every sequence; leave it out, or give the documents through seq_lens"
+        )
+
+
+def _pad_lengths(seq_lens: Sequence[Sequence[int]]) -> torch.Tensor:
+    width = max(len(row) for row in seq_lens)
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in seq_lens], dtype=torch.int64)

@@ -1,0 +1,47 @@
+"""What a target is: the facts that a client checks and a server tells."""
+
+from __future__ import annotations
+
+import hashlib
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class TargetInfo(BaseModel):
+    """Facts about a loaded target; plain data, no tensor and no torch."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field(description="Path or hub id the target was loaded from.")
+    revision: str | None = Field(default=None, description="Hub revision, where one was asked for.")
+    num_layers: int = Field(description="Decoder layers.")
+    hidden_size: int = Field(description="Width of the residual stream.")
+    vocab_size: int = Field(description="Rows of the LM head that are real tokens.")
+    dtype: str = Field(description="dtype of the hidden states, as torch spells it without `torch.`.")
+    device: str = Field(description="Device that holds the hidden states.")
+    engine: str = Field(description="Name of the adapter.")
+    engine_version: str = Field(description="Version of the engine behind it.")
+    max_seq_len: int | None = Field(default=None, description="Longest sequence in tokens, where there is a limit.")
+
+
+class ServedTarget(BaseModel):
+    """A target together with the layers that are captured from it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    info: TargetInfo
+    aux_layer_ids: tuple[int, int, int]
+
+    @property
+    def fingerprint(self) -> str:
+        """First 16 hex digits of the SHA-256 over everything that decides the supervision's values."""
+        facts = self.info.model_dump(exclude={"device", "max_seq_len"}, mode="json")
+        text = repr((sorted(facts.items()), self.aux_layer_ids))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def differences(self, other: ServedTarget) -> list[str]:
+        """Name what makes two servers' supervision different, one `field: ours != theirs` each."""
+        mine: dict[str, object] = self.info.model_dump() | {"aux_layer_ids": self.aux_layer_ids}
+        theirs: dict[str, object] = other.info.model_dump() | {"aux_layer_ids": other.aux_layer_ids}
+        compared = ("model", "revision", "num_layers", "hidden_size", "vocab_size", "dtype", "aux_layer_ids")
+        return [f"{name}: {mine[name]} != {theirs[name]}" for name in compared if mine[name] != theirs[name]]

@@ -1,0 +1,87 @@
+"""Options of plugins: declared as pydantic models, given as `key=value` or YAML."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from eagle_target.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class PluginOptions(BaseModel):
+    """Base of every plugin's options; each field carries a description."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def parse_assignments(assignments: Iterable[str], flag: str) -> dict[str, Any]:
+    """Read `key=value` strings; a value is YAML, so `true`, `3` and `[1, 2]` are what they look like.
+
+    Raises:
+        ConfigError: no `=`, or a value that is not YAML.
+    """
+    values: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"{flag} {assignment!r} is not of the form key=value")
+        values[key.strip()] = parse_value(text)
+    return values
+
+
+def parse_value(text: str) -> Any:
+    """Read one value as YAML.
+
+    Raises:
+        ConfigError: it is not YAML.
+    """
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{text!r} is not a value: {str(error).splitlines()[0]}") from error
+
+
+def build_model(model: type[Model], values: Mapping[str, Any], what: str) -> Model:
+    """Validate values into a model, with messages for people.
+
+    Raises:
+        ConfigError: every wrong value, where it stands, and the nearest name of an unknown key.
+    """
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        lines = [_describe(detail, model) for detail in error.errors()]
+        raise ConfigError(f"{what}: " + "; ".join(lines)) from error
+
+
+def nearest_name(name: str, names: Iterable[str]) -> str:
+    """`, did you mean 'x'?` for the closest of the names, else the list of them."""
+    known = sorted(names)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def _describe(detail: Any, model: type[BaseModel]) -> str:
+    where = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return f"unknown option {where!r}, {nearest_name(str(detail['loc'][-1]), _names_at(model, detail['loc'][:-1]))}"
+    if detail["type"] == "missing":
+        return f"{where!r} is required"
+    return f"{where!r}: {detail['msg']}, got {detail['input']!r}"
+
+
+def _names_at(model: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:
+    for part in path:
+        field = model.model_fields.get(str(part))
+        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+            return []
+        model = field.annotation
+    return list(model.model_fields)

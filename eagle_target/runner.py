@@ -1,0 +1,97 @@
+"""The seam to an engine: what a target runner takes and gives.
+
+tokens = sum(seq_lens); hidden, vocab as in TargetInfo.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import torch
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from eagle_target.info import TargetInfo
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TargetForward:
+    """What one forward over packed tokens gives.
+
+    aux_hidden_states: `[tokens, 3*hidden]`, the captured layers low to high.
+    last_hidden_states: `[tokens, hidden]`, after the final norm: what the LM head takes.
+    logits: `[tokens, vocab]`, only from a target whose logits are no function of `last_hidden_states`;
+        `compute_logits` is then never called.
+    """
+
+    aux_hidden_states: torch.Tensor
+    last_hidden_states: torch.Tensor
+    logits: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DraftHead:
+    """Rows of the target's LM head, with all it does to their logits.
+
+    weight: `[n, hidden]`; bias: `[n]` or None.
+    logit_scale: factor on the logits. soft_cap: `cap * tanh(logits / cap)` after the scale.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    logit_scale: float = 1.0
+    soft_cap: float | None = None
+
+    def compute_logits(self, last_hidden_states: torch.Tensor) -> torch.Tensor:
+        """`[rows, hidden]` -> `[rows, n]` in the head's dtype."""
+        logits = functional.linear(last_hidden_states, self.weight, self.bias)
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
+        if self.soft_cap is not None:
+            logits = torch.tanh(logits / self.soft_cap) * self.soft_cap
+        return logits
+
+    def to(self, device: torch.device) -> DraftHead:
+        """The same head on another device."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return DraftHead(weight=self.weight.to(device), bias=bias, logit_scale=self.logit_scale, soft_cap=self.soft_cap)
+
+
+@runtime_checkable
+class TargetRunner(Protocol):
+    """A loaded target under one engine. Ragged: padding is a client's affair.
+
+    Called by one thread at a time. Every method may raise `AdapterError`.
+    """
+
+    @property
+    def info(self) -> TargetInfo:
+        """Facts about the loaded target."""
+        ...
+
+    def set_aux_layers(self, aux_layer_ids: Sequence[int]) -> None:
+        """Choose the three layers to capture; id `i` is the output of decoder layer `i`."""
+        ...
+
+    def forward_eagle3(self, input_ids: torch.Tensor, seq_lens: Sequence[int]) -> TargetForward:
+        """Run `[tokens]` int64 as `len(seq_lens)` sequences, each its own causal context."""
+        ...
+
+    def compute_logits(self, last_hidden_states: torch.Tensor) -> torch.Tensor:
+        """`[n, hidden]` -> `[n, vocab]` with the engine's own head, soft-cap and scale included."""
+        ...
+
+    def input_embedding_weight(self) -> torch.Tensor:
+        """The input embedding, `[vocab, hidden]`."""
+        ...
+
+    def draft_head(self, token_ids: torch.Tensor) -> DraftHead | None:
+        """Rows of the LM head for `[n]` int64 ids; None where the head is nothing so simple."""
+        ...
+
+    def close(self) -> None:
+        """Release the engine. Safe to call twice."""
+        ...
