@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 
 from eagle_target.batch import Eagle3TargetBatch
-from eagle_target.errors import ContractError, ProtocolError
-from eagle_target.projection import project_draft
+from eagle_target.errors import ContractError, ProtocolError, VocabMappingError
+from eagle_target.projection import RowPolicy, project_draft
 from eagle_target.rows import RowStore, scattered_store
 from eagle_target.sequences import RowLayout, lay_out_rows
 from eagle_target.supervision import SupervisionRequest, check_token_ids
@@ -17,7 +17,7 @@ from eagle_target.supervision import SupervisionRequest, check_token_ids
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from eagle_target.projection import Encoding, RowPolicy
+    from eagle_target.projection import Encoding
     from eagle_target.rows import Allocate
     from eagle_target.runner import DraftHead
     from eagle_target.sequences import SeqLens
@@ -41,13 +41,27 @@ class TrainerRows:
     supervised: torch.Tensor
 
     def row_mask(self, rows: RowPolicy) -> torch.Tensor:
-        """Bool `[tokens]`: which rows of the distribution the policy asks for."""
+        """Bool `[tokens]`: which rows of the distribution the policy asks for.
+
+        Raises:
+            ContractError: an unknown policy.
+        """
+        if rows not in get_args(RowPolicy):
+            raise ContractError(f"rows must be one of {get_args(RowPolicy)}, got {rows!r}")
         return self.supervised if rows == "supervised" else ~self.layout.is_first
 
     def request(
         self, *, encoding: Encoding, rows: RowPolicy, mapping: VocabMapping | None, probs_dtype: torch.dtype
     ) -> SupervisionRequest:
-        """The ragged request for these rows."""
+        """The ragged request for these rows.
+
+        Raises:
+            VocabMappingError: encoding `hidden` without a mapping: the server needs none, but the trainer does.
+        """
+        if encoding == "hidden" and mapping is None:
+            raise VocabMappingError(
+                "encoding 'hidden' needs a vocabulary mapping: call set_vocab_mapping first, or use encoding='logits'"
+            )
         return SupervisionRequest(
             input_ids=self.layout.pack(self.input_ids).to("cpu"),
             seq_lens=self.layout.seq_lens,
@@ -131,16 +145,21 @@ class BatchAssembler:
         self._stores: dict[str, RowStore] = {}
         self._hidden: torch.Tensor | None = None
         self._row_positions = rows.layout.token_positions[request.row_mask] - 1
+        self._row_shapes: dict[str, tuple[int, ...]] = {"target_top_ids": (), "target_logsumexp": ()}
+        if request.mapping is not None:
+            self._row_shapes["target_probs"] = (request.mapping.draft_vocab_size,)
+            self._row_shapes["logits"] = (request.mapping.vocab_size,)
 
     def allocate(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> RowStore:
         """Return the store that scatters `[rows, ...]` into the batch.
 
         Raises:
-            ProtocolError: a tensor nobody asked for, twice the same, or of another length than asked for.
+            ProtocolError: twice the same tensor, or one of another shape than asked for.
         """
         wanted = len(self._rows.layout.token_positions if name == "aux_hidden_states" else self._row_positions)
-        if name in self._stores or not shape or shape[0] != wanted:
-            raise ProtocolError(f"supervision has {name} {list(shape)} once too often or not of {wanted} rows")
+        expected = (wanted, *self._row_shapes.get(name, shape[1:]))
+        if name in self._stores or tuple(shape) != expected:
+            raise ProtocolError(f"supervision has {name} {list(shape)} once too often, or not as {list(expected)}")
         if name == "last_hidden_states":
             self._hidden = self._allocate(tuple(shape), dtype)
             self._stores[name] = RowStore(self._hidden)

@@ -45,7 +45,7 @@ def parse_value(text: str) -> Any:
     """
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{text!r} is not a value: {str(error).splitlines()[0]}") from error
 
 

@@ -5,6 +5,7 @@ batch x seq rows hold sequences; tokens = all real tokens, packed in row order.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -125,12 +126,18 @@ def _check_no_holes(mask: torch.Tensor, firsts: torch.Tensor, counts: torch.Tens
 
 
 def _document_lengths(seq_lens: SeqLens, batch: int) -> list[list[int]]:
-    rows = seq_lens.tolist() if isinstance(seq_lens, torch.Tensor) else [list(row) for row in seq_lens]
     if isinstance(seq_lens, torch.Tensor) and (seq_lens.dim() != 2 or seq_lens.is_floating_point()):
         raise ContractError(
             f"seq_lens must be integers [batch, docs], got {seq_lens.dtype} {list(seq_lens.shape)}: "
             "pad rows of fewer documents with zeros"
         )
+    try:
+        listed = seq_lens.tolist() if isinstance(seq_lens, torch.Tensor) else seq_lens
+        rows = [[operator.index(length) for length in row] for row in listed]
+    except TypeError as error:
+        raise ContractError(
+            f"seq_lens must be integers [batch, docs], got {seq_lens!r}: give one list of lengths for each row"
+        ) from error
     if len(rows) != batch:
         raise ContractError(f"seq_lens has {len(rows)} rows, the batch has {batch}")
     for row, lengths in enumerate(rows):

@@ -43,7 +43,7 @@ class SupervisionRequest:
     @property
     def tokens(self) -> int:
         """Tokens in all sequences."""
-        return len(self.input_ids)
+        return self.input_ids.numel()
 
     def check(self, info: TargetInfo) -> None:
         """Refuse what the target cannot do.

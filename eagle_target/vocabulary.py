@@ -16,6 +16,7 @@ from eagle_target.errors import VocabMappingError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,6 +174,19 @@ class VocabMapping:
         chosen[others] = True
         ids = chosen.nonzero().flatten() if ascending else ranked[chosen[ranked]]
         return cls(ids, chosen)
+
+    @classmethod
+    def from_file(cls, path: str | Path, vocab_size: int | None = None) -> VocabMapping:
+        """From a `.safetensors` or torch file, see `vocabulary_files.load_vocab_mapping`."""
+        from eagle_target.vocabulary_files import load_vocab_mapping  # it imports this module
+
+        return load_vocab_mapping(path, vocab_size=vocab_size)
+
+    def save(self, path: str | Path) -> None:
+        """To a `.safetensors` or torch file, see `vocabulary_files.save_vocab_mapping`."""
+        from eagle_target.vocabulary_files import save_vocab_mapping  # it imports this module
+
+        save_vocab_mapping(self, path)
 
     def coverage(self, counts: torch.Tensor) -> float:
         """Share of the counted tokens that the draft vocabulary has; 0 when nothing was counted."""

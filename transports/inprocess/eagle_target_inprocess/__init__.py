@@ -1,1 +1,20 @@
-"""The inprocess transport."""
+"""The `inprocess` transport: tensors handed over by reference, for a server in the client's own process."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from eagle_target.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from eagle_target.transports import Transport
+
+
+@hookimpl
+def register_transports(register: Callable[[type[Transport]], None]) -> None:
+    """Register the transport."""
+    from eagle_target_inprocess.transport import InProcessTransport
+
+    register(InProcessTransport)

@@ -1,1 +1,20 @@
-"""The wire transport."""
+"""The `wire` transport: tensors as safetensors in the HTTP body. Works anywhere."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from eagle_target.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from eagle_target.transports import Transport
+
+
+@hookimpl
+def register_transports(register: Callable[[type[Transport]], None]) -> None:
+    """Register the transport."""
+    from eagle_target_wire.transport import WireTransport
+
+    register(WireTransport)

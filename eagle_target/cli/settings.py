@@ -1,0 +1,84 @@
+"""Command-line flags made from the settings' models, so that flags, YAML and help cannot differ."""
+
+from __future__ import annotations
+
+import types
+import typing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from pydantic_core import PydanticUndefined
+
+from eagle_target.options import parse_assignments
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from pydantic import BaseModel
+    from pydantic.fields import FieldInfo
+
+SCALARS: dict[Any, Any] = {int: int, float: float, Path: click.Path(path_type=Path)}
+
+
+def settings_flags(model: type[BaseModel], rename: Mapping[str, str]) -> Callable[[Any], Any]:
+    """Decorate a command with a `--flag` for every plain field of a model.
+
+    Args:
+        rename: flags whose name is not the field's, by field. Mappings get none: `-o` and `-t` are theirs.
+    """
+
+    def decorate(command: Any) -> Any:
+        for name, field in reversed(model.model_fields.items()):
+            if not _is_mapping(field):
+                command = click.option(
+                    rename.get(name, "--" + name.replace("_", "-")),
+                    name,
+                    type=_click_type(field),
+                    default=None,
+                    help=_help(field),
+                )(command)
+        return command
+
+    return decorate
+
+
+def given_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that were given, as settings."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def read_transport_options(assignments: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """Read `transport.key=value` flags into options by transport name.
+
+    Raises:
+        ConfigError: not of that form.
+    """
+    options: dict[str, dict[str, Any]] = {}
+    for name, value in parse_assignments(assignments, "-t").items():
+        transport, _, key = name.partition(".")
+        options.setdefault(transport, {})[key] = value
+    return options
+
+
+def _is_mapping(field: FieldInfo) -> bool:
+    return typing.get_origin(field.annotation) is dict
+
+
+def _click_type(field: FieldInfo) -> Any:
+    annotation = field.annotation
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        annotation = next(part for part in typing.get_args(annotation) if part is not type(None))
+    if typing.get_origin(annotation) is typing.Literal:
+        return click.Choice(typing.get_args(annotation))
+    return SCALARS.get(annotation, str)
+
+
+def _help(field: FieldInfo) -> str:
+    default = field.get_default(call_default_factory=True, validated_data={})
+    if default is PydanticUndefined:
+        return f"{field.description} Required, here or in a settings file."
+    if default in (None, ()):
+        return field.description or ""
+    shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+    return f"{field.description} [default: {shown}]"

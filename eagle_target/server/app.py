@@ -1,0 +1,251 @@
+"""The HTTP routes of a server. docs/protocol.md describes each."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import secrets
+from typing import TYPE_CHECKING, Any
+
+import torch
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from eagle_target import protocol
+from eagle_target.errors import ContractError, EagleTargetError, RequestTooLarge, ServerError, VocabMappingError
+from eagle_target.server import metrics
+from eagle_target.server.bodies import TensorResponse, read_body, wait_for_disconnect
+from eagle_target.server.problems import answer_problem, problem, problem_of
+from eagle_target.tensor_format import decode_tensors, encode_tensors
+from eagle_target.transports import Reply
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from eagle_target.config import ServerConfig
+    from eagle_target.server.channels import Channels
+    from eagle_target.server.engine import Supervised, TargetModelServer
+    from eagle_target.vocabulary import VocabMapping
+
+MAX_HELLO_BYTES = 1 << 16
+# nginx's status for a client that went away; nobody reads it, the metrics count it.
+CLIENT_GONE = 499
+
+
+class TargetApp:
+    """Routes over one `TargetModelServer`; `asgi` is the application."""
+
+    def __init__(self, server: TargetModelServer, channels: Channels, config: ServerConfig) -> None:
+        self.server = server
+        self.channels = channels
+        self.config = config
+        self.active = 0
+        self.metrics = metrics.Metrics(server)
+        self.asgi = Starlette(
+            routes=[
+                Route(protocol.HEALTH, self.health),
+                Route(protocol.READY, self.ready),
+                Route(protocol.METRICS, self.show_metrics),
+                Route(protocol.TARGET, self.handshake),
+                Route(protocol.INPUT_EMBEDDINGS, self.input_embeddings),
+                Route(protocol.LM_HEAD, self.lm_head, methods=["POST"]),
+                Route(protocol.VOCAB_MAPPINGS + "/{sha256}", self.put_mapping, methods=["PUT"]),
+                Route(protocol.SUPERVISION, self.supervise, methods=["POST"]),
+                Route(protocol.TRANSPORTS + "/{name}/channels", self.open_channel, methods=["POST"]),
+                Route(protocol.TRANSPORTS + "/{name}/channels/{channel}", self.close_channel, methods=["DELETE"]),
+            ],
+            exception_handlers={
+                EagleTargetError: answer_problem,
+                ClientDisconnect: _answer_nobody,
+                HTTPException: _answer_http_error,
+                Exception: answer_problem,
+            },
+        )
+
+    async def health(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's signature
+        """The process is alive."""
+        return JSONResponse({"status": "alive"})
+
+    async def ready(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's signature
+        """The engine is loaded and answers."""
+        state, failure = self.server.state, self.server.failure
+        if state == "ready":
+            return JSONResponse({"status": state})
+        detail = f"the server is {state}" + (f": {failure}" if failure else "")
+        return problem(503, f"{state}", detail, retry_after=1.0)
+
+    async def show_metrics(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's signature
+        """Prometheus."""
+        return Response(self.metrics.render(), media_type=metrics.CONTENT_TYPE)
+
+    async def handshake(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's signature
+        """What is served, and how."""
+        served, config = self.server.served, self.config
+        answer = protocol.Handshake(
+            server_version=importlib.metadata.version("eagle-target"),
+            target=served.info,
+            aux_layer_ids=served.aux_layer_ids,
+            fingerprint=served.fingerprint,
+            encodings=self.server.encodings,
+            transports=self.channels.offers(),
+            limits=protocol.Limits(
+                max_body_bytes=config.max_body_bytes,
+                max_request_tokens=config.max_request_tokens,
+                max_batch_tokens=config.max_batch_tokens,
+                max_queue=config.max_queue,
+            ),
+        )
+        return JSONResponse(answer.model_dump(mode="json"))
+
+    async def input_embeddings(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's signature
+        """The input embedding as `weight`."""
+        weight = await asyncio.wrap_future(self.server.input_embedding_weight())
+        return self._stream({"weight": weight}, {})
+
+    async def lm_head(self, request: Request) -> Response:
+        """Rows of the LM head for `token_ids`."""
+        tensors, _ = decode_tensors(await self._read(request))
+        token_ids = tensors.get("token_ids")
+        vocab_size = self.server.served.info.vocab_size
+        if token_ids is None or token_ids.dtype != torch.int64 or token_ids.dim() != 1 or not len(token_ids):
+            raise ContractError("the request needs token_ids as a non-empty int64 vector")
+        if int(token_ids.min()) < 0 or int(token_ids.max()) >= vocab_size or len(token_ids) > vocab_size:
+            raise ContractError(f"token_ids must be at most {vocab_size} ids of 0 to {vocab_size - 1}")
+        head = await asyncio.wrap_future(self.server.draft_head(token_ids))
+        if head is None:
+            raise ContractError("this target's LM head cannot be handed out: use encoding 'probs' or 'logits'")
+        parts = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
+        soft_cap = "" if head.soft_cap is None else repr(head.soft_cap)
+        return self._stream(parts, {"logit_scale": repr(head.logit_scale), "soft_cap": soft_cap})
+
+    async def put_mapping(self, request: Request) -> Response:
+        """Keep a vocabulary mapping under its hash."""
+        mapping = protocol.decode_mapping(await self._read(request))
+        if request.path_params["sha256"] != mapping.sha256:
+            raise VocabMappingError(
+                f"the mapping's hash is {mapping.sha256}, the path says {request.path_params['sha256'][:64]!r}"
+            )
+        self.server.add_mapping(mapping)
+        return Response(status_code=204)
+
+    async def supervise(self, request: Request) -> Response:
+        """Supervision for one request, over the transport it names."""
+        self.active += 1
+        try:
+            response = await self._answer(request)
+        except BaseException:
+            self.active -= 1
+            raise
+        self.metrics.count_status(response.status_code)
+        return _Counted(self, response)
+
+    async def open_channel(self, request: Request) -> Response:
+        """Open a channel on a transport."""
+        body = await read_body(request, limit=MAX_HELLO_BYTES, timeout=self.config.body_timeout)
+        hello = protocol.read_json_object(bytes(body) or b"{}", "the channel's hello")
+        channel, answer = await run_in_threadpool(self.channels.open, request.path_params["name"], hello)
+        return JSONResponse({**answer, "channel": channel}, status_code=201)
+
+    async def close_channel(self, request: Request) -> Response:
+        """Close a channel."""
+        self.channels.close_channel(request.path_params["name"], request.path_params["channel"])
+        return Response(status_code=204)
+
+    async def _answer(self, request: Request) -> Response:
+        try:
+            return await self._supervise(request)
+        except ClientDisconnect:
+            return Response(status_code=CLIENT_GONE)
+        except Exception as error:  # noqa: BLE001 - answered as a problem
+            return problem_of(error)
+
+    async def _supervise(self, request: Request) -> Response:
+        name = request.headers.get(protocol.TRANSPORT, "wire")
+        channel = self.channels.find(name, request.headers.get(protocol.CHANNEL))
+        request_id = request.headers.get(protocol.REQUEST_ID) or secrets.token_hex(8)
+        body = await self._read(request)
+        supervision_request = protocol.decode_request(body, self._find_mapping)
+        if supervision_request.tokens > self.config.max_request_tokens:
+            raise RequestTooLarge(
+                f"the request has {supervision_request.tokens} tokens, this server takes "
+                f"{self.config.max_request_tokens}: send fewer rows a batch, or raise max_request_tokens",
+                status=413,
+                problem="too-many-tokens",
+            )
+        supervised = await _wait(self.server.submit(supervision_request), request)
+        headers = self._headers(request_id, supervision_request.mapping, supervised)
+        metadata = {name: value for name, value in headers.items() if name != protocol.TIMINGS}
+        reply = await run_in_threadpool(channel.send, request_id, supervised.tensors, metadata)
+        self.metrics.count_supervision(
+            tokens=supervision_request.tokens, transport=name, body_bytes=reply.length, timings=supervised.timings
+        )
+        return TensorResponse(reply, headers, send_timeout=self.config.send_timeout)
+
+    def _headers(self, request_id: str, mapping: VocabMapping | None, supervised: Supervised) -> dict[str, str]:
+        stages = (f"{stage};dur={seconds * 1000:.3f}" for stage, seconds in supervised.timings.items())
+        headers = {
+            protocol.REQUEST_ID: request_id,
+            protocol.FINGERPRINT: self.server.served.fingerprint,
+            protocol.TIMINGS: ", ".join(stages),
+        }
+        return headers if mapping is None else {**headers, protocol.MAPPING: mapping.sha256}
+
+    def _find_mapping(self, sha256: str) -> VocabMapping:
+        try:
+            return self.server.find_mapping(sha256)
+        except VocabMappingError as error:
+            raise ServerError(str(error), status=409, problem="unknown-vocab-mapping") from error
+
+    async def _read(self, request: Request) -> memoryview:
+        return await read_body(request, limit=self.config.max_body_bytes, timeout=self.config.body_timeout)
+
+    def _stream(self, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> Response:
+        reply = Reply(protocol.CONTENT_TYPE, encode_tensors(tensors, metadata))
+        return TensorResponse(
+            reply, {protocol.FINGERPRINT: self.server.served.fingerprint}, send_timeout=self.config.send_timeout
+        )
+
+
+class _Counted(Response):
+    """A response that counts as active until it is sent, so that a drain waits for it."""
+
+    def __init__(self, app: TargetApp, response: Response) -> None:
+        self._app = app
+        self._response = response
+        self.status_code = response.status_code
+        self.background = None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await self._response(scope, receive, send)
+        finally:
+            self._app.active -= 1
+
+
+async def _wait(future: Future[Supervised], request: Request) -> Supervised:
+    """Wait for a queued request, and give it up when its client is gone."""
+    answer = asyncio.wrap_future(future)
+    gone = asyncio.ensure_future(wait_for_disconnect(request))
+    try:
+        await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise ClientDisconnect
+        return answer.result()
+    finally:
+        gone.cancel()
+        answer.cancel()
+
+
+async def _answer_nobody(request: Request, error: Exception) -> Response:  # noqa: ARG001 - Starlette's signature
+    return Response(status_code=CLIENT_GONE)
+
+
+async def _answer_http_error(request: Request, error: Exception) -> Response:
+    """Routes that do not exist, and methods they do not have."""
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    name = {404: "not-found", 405: "method-not-allowed"}.get(status, "http")
+    return problem(status, name, f"{request.method} {request.url.path[:200]}: see docs/protocol.md for the routes")

@@ -1,0 +1,97 @@
+"""Bodies in and out: sizes are checked before memory is taken, and nobody is waited for without end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from eagle_target.errors import RequestTooLarge, ServerError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from starlette.types import Receive, Scope, Send
+
+    from eagle_target.transports import Reply
+
+logger = logging.getLogger(__name__)
+
+CHUNK_BYTES = 1 << 20
+
+
+async def read_body(request: Request, *, limit: int, timeout: float) -> memoryview:
+    """Read a request's body into memory taken once.
+
+    Raises:
+        ServerError: no Content-Length, or the body took longer than `timeout` seconds.
+        RequestTooLarge: more than `limit` bytes were announced.
+    """
+    announced = request.headers.get("content-length", "")
+    if not announced.isdecimal():
+        raise ServerError("the request needs a Content-Length header", status=411, problem="length-required")
+    length = int(announced)
+    if length > limit:
+        raise RequestTooLarge(
+            f"the body has {length} bytes, this server takes {limit}: send fewer tokens a request, or raise "
+            "max_body_bytes",
+            status=413,
+            problem="body-too-large",
+        )
+    body = bytearray(length)
+    filled = 0
+    try:
+        async with asyncio.timeout(timeout):
+            async for chunk in request.stream():
+                body[filled : filled + len(chunk)] = chunk
+                filled += len(chunk)
+    except TimeoutError as error:
+        raise ServerError(
+            f"{filled} of {length} bytes of the body came within {timeout:g} seconds",
+            status=408,
+            problem="body-timeout",
+        ) from error
+    if filled != length:
+        raise ClientDisconnect
+    return memoryview(body)
+
+
+class TensorResponse(Response):
+    """Streams a transport's reply from the tensors' own memory.
+
+    A client that stops reading for `send_timeout` seconds is dropped.
+    """
+
+    def __init__(self, reply: Reply, headers: Mapping[str, str], *, send_timeout: float) -> None:
+        self._reply = reply
+        self._send_timeout = send_timeout
+        super().__init__(
+            headers={**headers, "Content-Length": str(reply.length)},
+            media_type=reply.content_type,
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI
+        """Send the start, then every part in chunks."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        try:
+            for part in self._reply.parts:
+                for start in range(0, len(part), CHUNK_BYTES):
+                    async with asyncio.timeout(self._send_timeout):
+                        chunk = part[start : start + CHUNK_BYTES]
+                        await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        except TimeoutError:
+            # The response stays incomplete, on which the HTTP server closes the connection.
+            logger.warning("dropped a client that read nothing for %g seconds", self._send_timeout)
+            return
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def wait_for_disconnect(request: Request) -> None:
+    """Return once the client is gone. Only after the body was read."""
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            return

@@ -1,0 +1,137 @@
+"""The transports a server offers and the channels its clients opened."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from typing import TYPE_CHECKING, Any
+
+from eagle_target.errors import ConfigError, ServerError, TransportError
+from eagle_target.options import build_model
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from eagle_target.plugins import Plugins
+    from eagle_target.transports import ServerChannel, ServerEndpoint, Transport
+
+
+class Channels:
+    """Offers transports and keeps open channels by id.
+
+    Args:
+        plugins: where transports come from.
+        names: transports to offer; `auto` means every one that is usable here.
+        options: options by transport name. max_channels: open channels at a time.
+
+    Raises:
+        PluginError, TransportError, ConfigError: a named transport is unknown or unusable, or its options are wrong.
+    """
+
+    def __init__(
+        self,
+        plugins: Plugins,
+        names: Sequence[str],
+        options: Mapping[str, Mapping[str, Any]],
+        *,
+        max_channels: int,
+    ) -> None:
+        self._max_channels = max_channels
+        self._lock = threading.Lock()
+        self._open: dict[str, tuple[str, ServerChannel]] = {}
+        self._endpoints: dict[str, ServerEndpoint] = {}
+        self._shared: dict[str, ServerChannel] = {}
+        for transport in _choose_transports(plugins, names):
+            checked = build_model(
+                transport.options_model, options.get(transport.name, {}), f"options of transport {transport.name!r}"
+            )
+            endpoint = transport.listen(checked)
+            self._endpoints[transport.name] = endpoint
+            if transport.connectionless:
+                self._shared[transport.name], _ = endpoint.accept({})
+        unknown = {*options} - {*self._endpoints}
+        if unknown:
+            raise ConfigError(f"transport_options for {sorted(unknown)}, but offered are {sorted(self._endpoints)}")
+
+    def offers(self) -> dict[str, dict[str, Any]]:
+        """What each transport tells every client."""
+        return {name: endpoint.offer() for name, endpoint in self._endpoints.items()}
+
+    def open(self, name: str, hello: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Accept a client on a transport; returns the channel's id and the transport's answer.
+
+        Raises:
+            ServerError: the transport is not offered, or too many channels are open.
+            ConnectError: the transport refused.
+        """
+        endpoint = self._endpoints.get(name)
+        if endpoint is None:
+            raise _not_offered(name, self._endpoints)
+        with self._lock:
+            if len(self._open) >= self._max_channels:
+                raise ServerError(
+                    f"{len(self._open)} channels are open, this server holds {self._max_channels}: close some, or "
+                    "raise max_channels",
+                    status=503,
+                    problem="too-many-channels",
+                )
+        channel, answer = endpoint.accept(hello)
+        channel_id = secrets.token_urlsafe(16)
+        with self._lock:
+            self._open[channel_id] = (name, channel)
+        return channel_id, answer
+
+    def find(self, name: str, channel_id: str | None) -> ServerChannel:
+        """The channel a request names, or the shared one of a connectionless transport.
+
+        Raises:
+            ServerError: the transport is not offered, or the channel is unknown.
+        """
+        if channel_id is None and name in self._shared:
+            return self._shared[name]
+        if name not in self._endpoints:
+            raise _not_offered(name, self._endpoints)
+        with self._lock:
+            owner, channel = self._open.get(channel_id or "", ("", None))
+        if channel is None or owner != name:
+            raise ServerError(
+                f"this server has no open {name!r} channel {(channel_id or '')[:64]!r}: open one first",
+                status=409,
+                problem="unknown-channel",
+            )
+        return channel
+
+    def close_channel(self, name: str, channel_id: str) -> None:
+        """Close a channel; one that is not there is closed already."""
+        with self._lock:
+            owner, _ = self._open.get(channel_id, ("", None))
+            entry = self._open.pop(channel_id) if owner == name else None
+        if entry is not None:
+            entry[1].close()
+
+    def close(self) -> None:
+        """Close every channel and transport. Safe to call twice."""
+        with self._lock:
+            channels, self._open = list(self._open.values()), {}
+        for _, channel in channels:
+            channel.close()
+        for endpoint in self._endpoints.values():
+            endpoint.close()
+
+
+def _choose_transports(plugins: Plugins, names: Sequence[str]) -> list[type[Transport]]:
+    if list(names) == ["auto"]:
+        usable = [origin.plugin for origin in plugins.transports if origin.plugin.unusable_reason() is None]
+        return sorted(usable, key=lambda transport: -transport.rank)
+    chosen = [plugins.transports.get(name) for name in names]
+    for transport in chosen:
+        reason = transport.unusable_reason()
+        if reason is not None:
+            raise TransportError(f"transport {transport.name!r} cannot work here: {reason}")
+    return chosen
+
+
+def _not_offered(name: str, offered: Mapping[str, object]) -> ServerError:
+    return ServerError(
+        f"transport {name[:64]!r} is not offered, only {sorted(offered)}", status=409, problem="transport-not-offered"
+    )

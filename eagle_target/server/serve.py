@@ -1,0 +1,207 @@
+"""Runs a server: binds, loads, serves, drains."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import threading
+from functools import partial
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from eagle_target.errors import AdapterError, ConfigError
+from eagle_target.plugins import load_plugins
+from eagle_target.server.app import TargetApp
+from eagle_target.server.channels import Channels
+from eagle_target.server.engine import TargetModelServer
+from eagle_target.targets import load_runner
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from eagle_target.config import ServerConfig
+    from eagle_target.runner import TargetRunner
+
+logger = logging.getLogger(__name__)
+
+DRAIN_POLL_SECONDS = 0.05
+
+
+class HttpServer:
+    """One server on one socket, on the calling thread or one of its own.
+
+    Args:
+        config: its settings.
+        load: loads the target; None for what the settings name.
+
+    Raises:
+        ConfigError: the address cannot be bound. PluginError: a transport cannot be offered.
+    """
+
+    def __init__(self, config: ServerConfig, load: Callable[[], TargetRunner] | None = None) -> None:
+        self._config = config
+        self._channels = Channels(
+            load_plugins(), config.transports, config.transport_options, max_channels=config.max_channels
+        )
+        self.engine = TargetModelServer(
+            load or partial(load_runner, config.engine, config.model, config.engine_options),
+            aux_layer_ids=config.aux_layer_ids,
+            max_batch_tokens=config.max_batch_tokens,
+            max_queue=config.max_queue,
+            max_mappings=config.max_mappings,
+        )
+        self._app = TargetApp(self.engine, self._channels, config)
+        self._socket = _bind(config)
+        self.port: int = self._socket.getsockname()[1]
+        settings = uvicorn.Config(
+            self._app.asgi,
+            loop="auto",
+            http="httptools",
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=max(1, round(config.drain_timeout)),
+        )
+        self._uvicorn = _Uvicorn(settings)
+        self._thread: threading.Thread | None = None
+
+    @property
+    def url(self) -> str:
+        """Where clients on this machine reach it."""
+        host = "127.0.0.1" if self._config.host in ("0.0.0.0", "::") else self._config.host  # noqa: S104 - compared
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT; the first drains, a second one stops."""
+        if self._config.port_file is not None:
+            _write_port(self._config.port_file, self.port)
+        self.engine.start()
+        try:
+            with asyncio.Runner(loop_factory=self._uvicorn.config.get_loop_factory()) as runner:
+                runner.run(self._serve())
+            if self.engine.state == "failed":
+                raise AdapterError(f"cannot serve {self._config.model}: {self.engine.failure}")
+        finally:
+            self.close()
+
+    def start(self) -> None:
+        """Serve on a thread of its own, until `close`."""
+        self.engine.start()
+        self._thread = threading.Thread(target=self._run_on_thread, name="eagle-target-http", daemon=True)
+        self._thread.start()
+
+    def drain(self) -> None:
+        """Take no more requests and stop once those under way are answered."""
+        self.engine.drain()
+        self._uvicorn.draining = True
+
+    def close(self) -> None:
+        """Stop at once and release everything. Safe to call twice."""
+        self._uvicorn.should_exit = True
+        self._uvicorn.force_exit = True
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.engine.close()
+        self._channels.close()
+        self._socket.close()
+
+    def _run_on_thread(self) -> None:
+        with asyncio.Runner(loop_factory=self._uvicorn.config.get_loop_factory()) as runner:
+            runner.run(self._uvicorn.serve(sockets=[self._socket]))
+
+    async def _serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        watch = loop.create_task(self._watch())
+        try:
+            await self._uvicorn.serve(sockets=[self._socket])
+        finally:
+            watch.cancel()
+
+    def _on_signal(self) -> None:
+        if self._uvicorn.draining:
+            logger.warning("second signal: stopping at once")
+            self._uvicorn.should_exit = True
+            self._uvicorn.force_exit = True
+        else:
+            logger.info("draining: no new requests, %d under way", self._app.active)
+            self.drain()
+
+    async def _watch(self) -> None:
+        """Say when the target is ready, and stop when it failed or the drain is over."""
+        announced = False
+        while not self._uvicorn.draining:
+            await asyncio.sleep(DRAIN_POLL_SECONDS)
+            if not announced and self.engine.state == "ready":
+                announced = True
+                self._announce()
+            if self.engine.state == "failed":
+                self._uvicorn.should_exit = True
+                return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._config.drain_timeout):
+                while self._app.active:
+                    await asyncio.sleep(DRAIN_POLL_SECONDS)
+        if self._app.active:
+            logger.warning("%d requests were still under way after %g s", self._app.active, self._config.drain_timeout)
+        self._uvicorn.should_exit = True
+
+    def _announce(self) -> None:
+        served = self.engine.served
+        logger.info(
+            "serving %s (%s, layers %s) with %s %s on %s, transports %s",
+            served.info.model,
+            served.info.dtype,
+            ",".join(map(str, served.aux_layer_ids)),
+            served.info.engine,
+            served.info.engine_version,
+            self.url,
+            ",".join(self._channels.offers()),
+        )
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn without its signal handlers."""
+
+    draining = False
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals to the process."""
+        yield
+
+
+def _bind(config: ServerConfig) -> socket.socket:
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Accepted connections inherit these: the kernel drops a peer that is dead or stopped reading, and with it
+        # whatever the connection still buffers, which no closing from user space does.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(config.send_timeout * 1000))
+        listener.bind((config.host, config.port))
+        listener.listen(256)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot listen on {config.host}:{config.port}: {error.strerror or error}") from error
+    return listener
+
+
+def _write_port(path: Path, port: int) -> None:
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.write_text(f"{port}\n", encoding="ascii")
+        draft.replace(path)
+    except OSError as error:
+        raise ConfigError(f"cannot write port_file {path}: {error.strerror or error}") from error

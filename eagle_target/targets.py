@@ -1,0 +1,104 @@
+"""Builds targets from settings: a runner, a co-located target, or whatever a client's settings name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from eagle_target.errors import AdapterError, ConfigError, EagleTargetError
+from eagle_target.options import build_model
+from eagle_target.plugins import load_plugins
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from eagle_target.backend import Eagle3TargetBackend
+    from eagle_target.colocated import RunnerEagle3TargetModel
+    from eagle_target.config import ClientConfig
+    from eagle_target.runner import TargetRunner
+
+
+def load_runner(engine: str, model: str, options: Mapping[str, Any]) -> TargetRunner:
+    """Load a target under an engine.
+
+    Raises:
+        PluginError: no such adapter. ConfigError: wrong options. AdapterError: the engine cannot run or refused.
+    """
+    adapter = load_plugins().adapters.get(engine)
+    checked = build_model(adapter.options_model, options, f"options of engine {engine!r}")
+    reason = adapter.unusable_reason()
+    if reason is not None:
+        raise AdapterError(reason)
+    try:
+        return adapter.load(model, checked)
+    except EagleTargetError:
+        raise
+    except Exception as error:
+        raise AdapterError(f"engine {engine!r} could not load {model!r}: {type(error).__name__}: {error}") from error
+
+
+def load_target(
+    engine: str,
+    model: str,
+    *,
+    aux_layer_ids: Sequence[int] | None = None,
+    engine_options: Mapping[str, Any] | None = None,
+    **target_options: Any,
+) -> RunnerEagle3TargetModel:
+    """Load a target into this process; `target_options` are those of `RunnerEagle3TargetModel`."""
+    from eagle_target.colocated import RunnerEagle3TargetModel
+
+    runner = load_runner(engine, model, engine_options or {})
+    return RunnerEagle3TargetModel(runner, aux_layer_ids, **target_options)
+
+
+def open_target(config: ClientConfig) -> Eagle3TargetBackend:
+    """Open what a client's settings name, with its vocabulary mapping set.
+
+    Raises:
+        ConfigError: neither servers nor a model, or both.
+    """
+    import torch
+
+    from eagle_target.vocabulary import VocabMapping
+
+    if bool(config.urls) == bool(config.model):
+        raise ConfigError(
+            f"give either urls of servers or a model for this process, got urls={list(config.urls)}, "
+            f"model={config.model!r}"
+        )
+    target_options: dict[str, Any] = {
+        "encoding": config.encoding,
+        "rows": config.rows,
+        "probs_dtype": getattr(torch, config.probs_dtype),
+        "device": config.device,
+    }
+    target: Eagle3TargetBackend
+    if config.model is not None:
+        if config.transport not in ("auto", "inprocess"):
+            raise ConfigError(f"a target in this process has transport 'inprocess', got {config.transport!r}")
+        target = load_target(
+            config.engine,
+            config.model,
+            aux_layer_ids=config.aux_layer_ids,
+            engine_options=config.engine_options,
+            **target_options,
+        )
+    else:
+        from eagle_target.client.remote import RemoteEagle3TargetModel
+
+        target = RemoteEagle3TargetModel.from_urls(
+            config.urls,
+            transport=config.transport,
+            transport_options=config.transport_options,
+            timeout=config.timeout,
+            max_retries=config.max_retries,
+            ready_timeout=config.ready_timeout,
+            **target_options,
+        )
+    if config.vocab_mapping is not None:
+        try:
+            target.set_vocab_mapping(VocabMapping.from_file(config.vocab_mapping))
+        except BaseException:
+            target.close()
+            raise
+    return target
