@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from eagle_target.vocabulary import VocabMapping
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TrainerRows:
     """A trainer's checked input: `[batch, seq]` rows and where the sequences lie in them.
 
@@ -222,7 +222,12 @@ class BatchAssembler:
     def _position_mask(self, top_ids: torch.Tensor) -> torch.Tensor:
         if self._request.mapping is None:
             raise ContractError("position_mask needs a vocabulary mapping: call set_vocab_mapping first")
-        in_draft = self._request.mapping.to(self._device).selected_token_mask[top_ids.to(torch.int64)]
+        mask = self._request.mapping.to(self._device).selected_token_mask
+        if bool(((top_ids < 0) | (top_ids >= len(mask))).any()):
+            raise ProtocolError(
+                f"target_top_ids has ids outside 0 to {len(mask) - 1}: the server's answer is not valid"
+            )
+        in_draft = mask[top_ids.to(torch.int64)]
         return (in_draft & self._shifted_loss_mask().bool())[..., None]
 
     def _on_device(self, tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -122,6 +122,7 @@ class RunnerEagle3TargetModel(Eagle3TargetBackend):
     def input_embedding_weight(self) -> torch.Tensor:
         """The runner's own tensor, moved to the backend's device."""
         with self._lock:
+            self._check_open()
             return self.runner.input_embedding_weight().to(self._device)
 
     def close(self) -> None:
@@ -135,6 +136,7 @@ class RunnerEagle3TargetModel(Eagle3TargetBackend):
                 self.runner.close()
 
     def _use_mapping(self, mapping: VocabMapping) -> None:
+        self._check_open()
         mapping.check_target(self.runner.info.vocab_size)
         if self._encoding == "hidden":
             with self._lock:
@@ -149,8 +151,7 @@ class RunnerEagle3TargetModel(Eagle3TargetBackend):
     def _read(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, loss_mask: torch.Tensor, **packing: Any
     ) -> tuple[TrainerRows, SupervisionRequest]:
-        if self._closed:
-            raise AdapterError("this target is closed: build a new one")
+        self._check_open()
         info = self.runner.info
         rows = read_trainer_rows(input_ids, attention_mask, loss_mask, vocab_size=info.vocab_size, **packing)
         request = rows.request(
@@ -158,6 +159,10 @@ class RunnerEagle3TargetModel(Eagle3TargetBackend):
         )
         request.check(info)
         return rows, request
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise AdapterError("this target is closed: build a new one")
 
     def _run(self, rows: TrainerRows, request: SupervisionRequest, draft_head: DraftHead | None) -> Eagle3TargetBatch:
         assembler = BatchAssembler(

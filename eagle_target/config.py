@@ -22,7 +22,9 @@ Config = TypeVar("Config", bound=BaseModel)
 class ServerConfig(BaseModel):
     """Settings of `eagle-target serve`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, coerce_numbers_to_str=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
     engine: str = Field(default="hf", description="Adapter that runs the target; see `eagle-target plugins`.")
     model: str = Field(description="Path or hub id of the target.")
@@ -69,7 +71,9 @@ class ServerConfig(BaseModel):
 class ClientConfig(BaseModel):
     """Settings of a trainer's side: remote servers, or a target in its own process."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, coerce_numbers_to_str=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
     urls: tuple[str, ...] = Field(default=(), description="Servers to use; empty for a target in this process.")
     engine: str = Field(default="hf", description="Adapter for a target in this process.")

@@ -1,11 +1,11 @@
-"""Options of plugins: declared as pydantic models, given as `key=value` or YAML."""
+"""Options of plugins: declared as pydantic models, given as `key=value` or in YAML."""
 
 from __future__ import annotations
 
 import difflib
+import json
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from eagle_target.errors import ConfigError
@@ -19,14 +19,15 @@ Model = TypeVar("Model", bound=BaseModel)
 class PluginOptions(BaseModel):
     """Base of every plugin's options; each field carries a description."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # On a command line a revision of digits only looks like a number.
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
 
 def parse_assignments(assignments: Iterable[str], flag: str) -> dict[str, Any]:
-    """Read `key=value` strings; a value is YAML, so `true`, `3` and `[1, 2]` are what they look like.
+    """Read `key=value` strings; values as `parse_value` reads them.
 
     Raises:
-        ConfigError: no `=`, or a value that is not YAML.
+        ConfigError: no `=`.
     """
     values: dict[str, Any] = {}
     for assignment in assignments:
@@ -38,15 +39,19 @@ def parse_assignments(assignments: Iterable[str], flag: str) -> dict[str, Any]:
 
 
 def parse_value(text: str) -> Any:
-    """Read one value as YAML.
+    """Read one value: JSON where it is JSON, else the text itself; nothing at all is null.
 
-    Raises:
-        ConfigError: it is not YAML.
+    YAML would turn a revision into a date and `1:30` into 90. A number that would be spelt otherwise, such as
+    `1.10` or `4e12`, stays text: a revision may look like that, and validation reads numbers from text.
     """
+    text = text.strip()
+    if not text:
+        return None
     try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{text!r} is not a value: {str(error).splitlines()[0]}") from error
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return text if isinstance(value, int | float) and json.dumps(value) != text else value
 
 
 def build_model(model: type[Model], values: Mapping[str, Any], what: str) -> Model:

@@ -27,14 +27,14 @@ class Prefetch:
     """
 
     def __init__(self, backend: Eagle3TargetBackend, items: Iterable[TrainerItem], depth: int) -> None:
+        self._handles: deque[BatchHandle] = deque()
+        self._failure: BaseException | None = None
+        self._exhausted = False
         if depth < 1:
             raise ContractError(f"prefetch depth must be at least 1, got {depth}")
         self._backend = backend
         self._items = iter(items)
         self._depth = depth
-        self._handles: deque[BatchHandle] = deque()
-        self._failure: BaseException | None = None
-        self._exhausted = False
 
     def __iter__(self) -> Self:
         return self

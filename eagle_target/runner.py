@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from eagle_target.info import TargetInfo
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TargetForward:
     """What one forward over packed tokens gives.
 
@@ -32,7 +32,7 @@ class TargetForward:
     logits: torch.Tensor | None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class DraftHead:
     """Rows of the target's LM head, with all it does to their logits.
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     SeqLens = torch.Tensor | Sequence[Sequence[int]]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class RowLayout:
     """Where each sequence of a batch lies.
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from eagle_target.vocabulary import VocabMapping
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class SupervisionRequest:
     """One ragged request, a pure function's input.
 
@@ -86,8 +86,9 @@ def compute_supervision(runner: TargetRunner, request: SupervisionRequest, sink:
     Gives `aux_hidden_states` `[tokens, 3*hidden]`, `target_top_ids`, `target_logsumexp` and the distribution in
     the request's encoding: `target_probs`, `last_hidden_states` or `logits`, `[rows, ...]`.
     """
-    with torch.no_grad():
-        device = torch.device(runner.info.device)
+    device = torch.device(runner.info.device)
+    # A trainer's autocast must not reach the target: the supervision would differ from a server's.
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
         forward = runner.forward_eagle3(request.input_ids.to(device), request.seq_lens)
         check_forward(forward, request.tokens, runner.info)
         store_supervision(runner, request, forward, sink)

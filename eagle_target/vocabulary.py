@@ -45,6 +45,9 @@ class VocabMapping:
                 f"selected_token_mask disagrees with selected_token_ids on {len(wrong)} target ids, first "
                 f"{int(wrong[0])}: build the mask from the ids (VocabMapping.from_ids)"
             )
+        # Copies: a draft's buffers change in place when a checkpoint is loaded, and the hash would not.
+        object.__setattr__(self, "selected_token_ids", self.selected_token_ids.clone())
+        object.__setattr__(self, "selected_token_mask", self.selected_token_mask.clone())
 
     @property
     def vocab_size(self) -> int:

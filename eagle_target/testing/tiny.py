@@ -167,7 +167,7 @@ class EmbeddingRunner:
             self.forwards.append(tuple(seq_lens))
             if self._delay:
                 time.sleep(self._delay)
-            states = [self._run_sequence(ids) for ids in input_ids.split(list(seq_lens))]
+            states = [self._run_sequence(ids) for ids in torch.split(input_ids, list(seq_lens))]
         finally:
             self._busy.release()
         return TargetForward(
