@@ -109,23 +109,25 @@ def load_plugins() -> Plugins:
         distribution = entry_point.dist
         name, version = (distribution.name, distribution.version) if distribution else ("unknown", "0")
         try:
-            module = entry_point.load()
-            register_module(plugins, module, name, version)
-        except PluginError:
-            raise
-        except Exception as error:  # noqa: BLE001 - a stranger's plugin may fail in any way
+            adapters, transports = call_hooks(entry_point.load())
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a stranger's plugin may fail in any way
             reason = f"{type(error).__name__}: {error}"
             logger.warning("plugin %s of %s is broken and left out: %s", entry_point.name, name, reason)
             plugins.broken.append(BrokenPlugin(entry_point.name, name, reason))
+            continue
+        for adapter in adapters:
+            plugins.adapters.add(adapter, name, version)
+        for transport in transports:
+            plugins.transports.add(transport, name, version)
     return plugins
 
 
-def register_module(plugins: Plugins, module: object, distribution: str, version: str) -> None:
-    """Run the hooks of one plugin and keep what they register.
+def call_hooks(module: object) -> tuple[list[type[Adapter]], list[type[Transport]]]:
+    """Run the hooks of one plugin and return the classes they register.
 
     Raises:
-        PluginError: a name is taken.
         pluggy.PluginValidationError: a hook is misspelt or takes other arguments.
+        TypeError: something registered is no class of the kind, or has no name.
     """
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
@@ -135,10 +137,25 @@ def register_module(plugins: Plugins, module: object, distribution: str, version
     transports: list[type[Transport]] = []
     manager.hook.register_adapters(register=adapters.append)
     manager.hook.register_transports(register=transports.append)
-    for adapter in adapters:
-        plugins.adapters.add(adapter, distribution, version)
-    for transport in transports:
-        plugins.transports.add(transport, distribution, version)
+    for registered, kind in ((adapters, Adapter), (transports, Transport)):
+        for plugin in registered:
+            _check_class(plugin, kind)
+    return adapters, transports
+
+
+def unusable_reason(plugin: type[Adapter] | type[Transport]) -> str | None:
+    """Why an adapter or transport cannot work here; a plugin that fails at telling is broken."""
+    try:
+        return plugin.unusable_reason()
+    except Exception as error:  # noqa: BLE001 - a stranger's plugin may fail in any way
+        return f"broken: {type(error).__name__}: {error}"
+
+
+def _check_class(plugin: object, kind: type[object]) -> None:
+    if not isinstance(plugin, type) or not issubclass(plugin, kind):
+        raise TypeError(f"{plugin!r} is registered, which is no subclass of {_path(kind)}")
+    if not isinstance(getattr(plugin, "name", None), str):
+        raise TypeError(f"{_path(plugin)} has no name")
 
 
 def _path(plugin: type[object]) -> str:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from eagle_target.info import TargetInfo
+    from eagle_target.rows import Sink
+    from eagle_target.supervision import SupervisionRequest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -94,4 +96,17 @@ class TargetRunner(Protocol):
 
     def close(self) -> None:
         """Release the engine. Safe to call twice."""
+        ...
+
+
+@runtime_checkable
+class SupervisingRunner(TargetRunner, Protocol):
+    """A runner that projects, too, where its hidden states are: in the processes of its engine, say."""
+
+    def supervise(self, requests: Sequence[SupervisionRequest], sinks: Sequence[Sink]) -> dict[str, float]:
+        """Answer requests, each into its sink, with the tensors of `supervision.store_supervision`.
+
+        Returns:
+            seconds by stage, `forward` and `projection`.
+        """
         ...

@@ -13,6 +13,7 @@ import torch
 
 from eagle_target.errors import ContractError, VocabMappingError
 from eagle_target.projection import PROBS_DTYPES, Encoding, project_full
+from eagle_target.runner import SupervisingRunner
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -89,6 +90,9 @@ def compute_supervision(runner: TargetRunner, request: SupervisionRequest, sink:
     device = torch.device(runner.info.device)
     # A trainer's autocast must not reach the target: the supervision would differ from a server's.
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        if isinstance(runner, SupervisingRunner):
+            runner.supervise([request], [sink])
+            return
         forward = runner.forward_eagle3(request.input_ids.to(device), request.seq_lens)
         check_forward(forward, request.tokens, runner.info)
         store_supervision(runner, request, forward, sink)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 PREFIX_BYTES = 8
 MAX_HEADER_BYTES = 1 << 20
 MAX_DIMENSIONS = 8
+METADATA = "__metadata__"
 
 DTYPES = {
     "F64": torch.float64,
@@ -69,16 +70,18 @@ def encode_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, s
     Tensors on a device are copied to the CPU, strided ones made contiguous; others are not copied.
 
     Raises:
-        ProtocolError: a dtype safetensors does not know.
+        ProtocolError: a dtype safetensors does not know, or a name that it takes for the metadata.
     """
     # Wide elements first, so that every tensor is aligned to its element size.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    entries: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
     views = []
     start = 0
     for name, tensor in ordered:
         if tensor.dtype not in DTYPE_NAMES:
             raise ProtocolError(f"{name} has dtype {tensor.dtype}, which no body can carry: {sorted(DTYPES)}")
+        if name == METADATA:
+            raise ProtocolError(f"a tensor cannot be called {METADATA!r}: the format keeps that name")
         view = tensor_bytes(tensor)
         entries[name] = {
             "dtype": DTYPE_NAMES[tensor.dtype],
@@ -138,7 +141,7 @@ def decode_header(text: bytes, length: int) -> Header:
         raise ProtocolError(f"the safetensors header is not JSON: {error}") from error
     if not isinstance(entries, dict):
         raise ProtocolError("the safetensors header is not a JSON object")
-    metadata = entries.pop("__metadata__", {})
+    metadata = entries.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ProtocolError("the safetensors header's __metadata__ is not an object of strings")
     specs = sorted(
@@ -157,7 +160,7 @@ def decode_header(text: bytes, length: int) -> Header:
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor: its own memory where it is contiguous and on the CPU, else a copy's."""
     flat = tensor.detach().to("cpu").contiguous().flatten()
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def writable_bytes(tensor: torch.Tensor) -> memoryview:
@@ -194,7 +197,8 @@ def _read_spec(name: str, entry: Any) -> TensorSpec:
         raise ProtocolError(f"tensor {name!r} has no valid dtype, shape and data_offsets: {entry!r}") from error
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(_is_size(n) for n in [*shape, start, end]):
         raise ProtocolError(f"tensor {name!r} has shape {shape!r} at {start!r} to {end!r}: whole numbers are expected")
-    if math.prod(shape) * dtype.itemsize != end - start:
+    # An empty tensor's other dimensions take no bytes, but torch's own arithmetic overflows on them.
+    if math.prod(shape) * dtype.itemsize != end - start or not _is_size(math.prod(n or 1 for n in shape) * 8):
         raise ProtocolError(f"tensor {name!r} of {entry['dtype']} {shape} does not fill bytes {start} to {end}")
     return TensorSpec(name, dtype, tuple(shape), start, end)
 

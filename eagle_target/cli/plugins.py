@@ -10,9 +10,11 @@ from rich.table import Table
 
 from eagle_target.errors import PluginError
 from eagle_target.options import nearest_name
-from eagle_target.plugins import load_plugins
+from eagle_target.plugins import load_plugins, unusable_reason
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from eagle_target.adapters import Adapter
     from eagle_target.options import PluginOptions
     from eagle_target.plugins import Plugins, Registry
@@ -56,9 +58,9 @@ def _adapter_rows(found: Plugins) -> list[Row]:
         (
             "engine",
             origin.plugin.name,
-            origin.plugin.engine_version() or "-",
+            _version(origin.plugin.engine_version),
             f"{origin.distribution} {origin.version}",
-            _usable(origin.plugin.unusable_reason()),
+            _usable(unusable_reason(origin.plugin)),
         )
         for origin in found.adapters
     ]
@@ -69,9 +71,9 @@ def _transport_rows(found: Plugins) -> list[Row]:
         (
             "transport",
             origin.plugin.name,
-            origin.plugin.version() or "-",
+            _version(origin.plugin.version),
             f"{origin.distribution} {origin.version}",
-            _usable(origin.plugin.unusable_reason()),
+            _usable(unusable_reason(origin.plugin)),
         )
         for origin in found.transports
     ]
@@ -87,6 +89,13 @@ def _absent_rows(found: Plugins) -> list[Row]:
 
 def _missing(registry: Registry[Adapter] | Registry[Transport]) -> list[tuple[str, str]]:
     return [(name, distribution) for name, distribution in registry.known.items() if name not in registry.origins]
+
+
+def _version(ask: Callable[[], str | None]) -> str:
+    try:
+        return ask() or "-"
+    except Exception:  # noqa: BLE001 - a stranger's plugin may fail in any way, its row says so
+        return "?"
 
 
 def _usable(reason: str | None) -> str:

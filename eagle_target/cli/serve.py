@@ -43,9 +43,9 @@ def serve(
     if transport_option:
         overrides["transport_options"] = read_transport_options(transport_option)
     settings = load_config(ServerConfig, path=config, environment=os.environ, overrides=overrides)
-    settings = fill_engine_options(settings, load_plugins())
+    filled = fill_engine_options(settings, load_plugins())
     if print_config:
-        click.echo(dump_config(settings), nl=False)
+        click.echo(dump_config(filled), nl=False)
         return
     from eagle_target.server.serve import HttpServer
 
@@ -57,7 +57,7 @@ def serve(
 
 
 def fill_engine_options(settings: ServerConfig, plugins: Plugins) -> ServerConfig:
-    """Check the engine's options and fill in the defaults, before anything is loaded.
+    """Check the engine's options and fill in the defaults, to be shown; secrets are masked.
 
     Raises:
         PluginError: the engine is not installed. ConfigError: an option is wrong.

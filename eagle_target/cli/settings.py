@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from pydantic_core import PydanticUndefined
 
+from eagle_target.errors import ConfigError
 from eagle_target.options import parse_assignments
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ def read_transport_options(assignments: tuple[str, ...]) -> dict[str, dict[str, 
     options: dict[str, dict[str, Any]] = {}
     for name, value in parse_assignments(assignments, "-t").items():
         transport, _, key = name.partition(".")
+        if not transport or not key:
+            raise ConfigError(f"-t {name!r} names no option of a transport: NAME.KEY=VALUE is expected")
         options.setdefault(transport, {})[key] = value
     return options
 

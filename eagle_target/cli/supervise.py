@@ -42,6 +42,7 @@ def supervise(
     timeout: float,
 ) -> None:
     """Ask for the supervision of one batch and write it to a file."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     from eagle_target.client.remote import RemoteEagle3TargetModel
@@ -60,7 +61,11 @@ def supervise(
         target.set_vocab_mapping(mapping)
         batch = target.generate_batch(input_ids, attention_mask, loss_mask)
         tensors = batch.tensors()
-        save_file(tensors, output, metadata={"fingerprint": str(info["fingerprint"]), "vocab_mapping": mapping.sha256})
+    metadata = {"fingerprint": str(info["fingerprint"]), "vocab_mapping": mapping.sha256}
+    try:
+        save_file(tensors, output, metadata=metadata)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"cannot write {output}: {error}") from error
     for name, tensor in tensors.items():
         click.echo(f"{name:20} {str(tensor.dtype).removeprefix('torch.'):9} {list(tensor.shape)}")
     click.echo(f"written to {output}")
@@ -100,6 +105,8 @@ def _read_row(source: Path, number: int, line: str) -> tuple[list[int], list[int
         raise ConfigError(
             f'{source}:{number}: expected {{"input_ids": [...]}}: {type(error).__name__}: {error}'
         ) from error
+    if any(not 0 <= token < 1 << 63 for token in ids):
+        raise ConfigError(f"{source}:{number}: input_ids must be token ids, got {min(ids)} to {max(ids)}")
     if not ids or len(ids) != len(mask):
         raise ConfigError(f"{source}:{number}: {len(ids)} input_ids and {len(mask)} of loss_mask: equal and not empty")
     return ids, mask

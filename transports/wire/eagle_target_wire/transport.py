@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from eagle_target.errors import ProtocolError
+from eagle_target.errors import ConnectError, ProtocolError
 from eagle_target.transports import ClientChannel, Reply, ServerChannel, ServerEndpoint, Transport
 
 if TYPE_CHECKING:
@@ -71,21 +71,35 @@ class WireServerChannel(ServerChannel):
 class WireClientChannel(ClientChannel):
     """Reads bodies into the memory the sink gives."""
 
+    def __init__(self) -> None:
+        self._closed = False
+
     def receive(self, body: IncomingBody, sink: Sink) -> dict[str, str]:
         """Read one body; its sizes are checked against its length before memory is taken."""
         from eagle_target.tensor_format import PREFIX_BYTES, decode_header, header_length, writable_bytes
 
-        if body.content_type != CONTENT_TYPE:
-            raise ProtocolError(f"the answer is {body.content_type!r}, expected {CONTENT_TYPE!r}")
+        if self._closed:
+            raise ConnectError("this channel of transport 'wire' is closed: open another")
+        if body.content_type != CONTENT_TYPE or body.length < PREFIX_BYTES:
+            raise ProtocolError(
+                f"the answer is {body.content_type!r} of {body.length} bytes, expected {CONTENT_TYPE!r}"
+            )
         prefix = bytearray(PREFIX_BYTES)
         body.readinto(memoryview(prefix))
-        text = bytearray(header_length(bytes(prefix)))
+        header_end = PREFIX_BYTES + header_length(bytes(prefix))
+        if header_end > body.length:
+            raise ProtocolError(f"the answer has {body.length} bytes, its header alone would end at {header_end}")
+        text = bytearray(header_end - PREFIX_BYTES)
         body.readinto(memoryview(text))
         header = decode_header(bytes(text), len(text))
-        length = PREFIX_BYTES + len(text) + header.data_bytes
+        length = header_end + header.data_bytes
         if body.length != length:
             raise ProtocolError(f"the answer has {body.length} bytes, its header says {length}")
         for spec in header.specs:
             for view in sink.allocate(spec.name, spec.shape, spec.dtype).views():
                 body.readinto(writable_bytes(view))
         return header.metadata
+
+    def close(self) -> None:
+        """Receive no more."""
+        self._closed = True

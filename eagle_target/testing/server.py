@@ -1,0 +1,165 @@
+"""Real servers for tests: on a thread of this process, or in a process of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import urllib3
+
+from eagle_target.config import ServerConfig
+from eagle_target.server.serve import HttpServer
+from eagle_target.testing.tiny import EmbeddingRunner
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from eagle_target.runner import TargetRunner
+
+POLL_SECONDS = 0.02
+KILL_SECONDS = 10.0
+
+
+class ServerNotReady(Exception):
+    """A server under test failed, or was not ready in time; the message has its log."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerProcess:
+    """A server in a process of its own. url: where it listens. log_path: its stdout and stderr."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log_path: Path
+
+    @property
+    def log(self) -> str:
+        """What it has written so far."""
+        return self.log_path.read_text(encoding="utf-8", errors="replace")
+
+
+@contextlib.contextmanager
+def loopback_server(
+    load: Callable[[], TargetRunner] = EmbeddingRunner, *, ready_timeout: float = 60.0, **settings: Any
+) -> Iterator[HttpServer]:
+    """Serve on a free port of this process until the end of the block; ready when it starts.
+
+    Args:
+        load: makes the target, on the engine's thread. ready_timeout: seconds it may take.
+        settings: of `ServerConfig`.
+
+    Raises:
+        ServerNotReady: the target could not be loaded in time.
+    """
+    config = ServerConfig(**{"model": "loopback", "host": "127.0.0.1", "port": 0, **settings})
+    server = HttpServer(config, load)
+    try:
+        server.start()
+        deadline = time.monotonic() + ready_timeout
+        while server.engine.state == "loading" and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        if server.engine.state != "ready":
+            raise ServerNotReady(f"the server is {server.engine.state}: {server.engine.failure or 'not ready in time'}")
+        yield server
+    finally:
+        server.close()
+
+
+@contextlib.contextmanager
+def server_process(
+    arguments: Sequence[str], *, environment: Mapping[str, str] | None = None, ready_timeout: float = 120.0
+) -> Iterator[ServerProcess]:
+    """Run `eagle-target serve ARGUMENTS` on a free port until the end of the block; ready when it starts.
+
+    Args:
+        arguments: flags after `serve`; the port's are added. environment: variables over this process's own.
+        ready_timeout: seconds it may take to load.
+
+    Raises:
+        ServerNotReady: it ended or was not ready in time.
+    """
+    command = [sys.executable, "-m", "eagle_target", "serve", *arguments, "--port", "0"]
+    with _running(lambda port_file: [*command, "--port-file", str(port_file)], environment, ready_timeout) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def embedding_process(
+    runner: Mapping[str, Any] | None = None, *, ready_timeout: float = 120.0, **settings: Any
+) -> Iterator[ServerProcess]:
+    """Serve an `EmbeddingRunner` from a process of its own; needs no engine.
+
+    Args:
+        runner: arguments of `EmbeddingRunner` that JSON can hold. settings: of `ServerConfig`.
+
+    Raises:
+        ServerNotReady: it ended or was not ready in time.
+    """
+
+    def command(port_file: Path) -> list[str]:
+        config = {"model": "loopback", "port": 0, "port_file": str(port_file), **settings}
+        return [sys.executable, "-m", __name__, json.dumps({"settings": config, "runner": dict(runner or {})})]
+
+    with _running(command, None, ready_timeout) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def _running(
+    command: Callable[[Path], list[str]], environment: Mapping[str, str] | None, ready_timeout: float
+) -> Iterator[ServerProcess]:
+    with tempfile.TemporaryDirectory(prefix="eagle-target-test-") as name:
+        folder = Path(name)
+        log_path, port_file = folder / "log", folder / "port"
+        with log_path.open("wb") as log:
+            process = subprocess.Popen(
+                command(port_file),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **(environment or {})},
+            )
+        try:
+            url = _wait_until_ready(process, port_file, log_path, time.monotonic() + ready_timeout)
+            yield ServerProcess(url, process, log_path)
+        finally:
+            process.kill()
+            process.wait(KILL_SECONDS)
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], port_file: Path, log_path: Path, deadline: float) -> str:
+    url, state = "", "no port yet"
+    with urllib3.PoolManager(timeout=2.0, retries=False) as http:
+        while time.monotonic() < deadline and process.poll() is None:
+            if not url and port_file.exists():
+                url = f"http://127.0.0.1:{int(port_file.read_text(encoding='ascii'))}"
+            if url:
+                try:
+                    answer = http.request("GET", f"{url}/ready")
+                except urllib3.exceptions.HTTPError as error:
+                    state = str(error)
+                else:
+                    if answer.status == 200:
+                        return url
+                    state = answer.data.decode("utf-8", "replace")
+            time.sleep(POLL_SECONDS)
+    log = log_path.read_text(encoding="utf-8", errors="replace")
+    raise ServerNotReady(f"the server is not ready ({state}, exit status {process.poll()}); its log:\n{log}")
+
+
+def main() -> None:
+    """Serve an `EmbeddingRunner` as the JSON of the first argument says."""
+    arguments = json.loads(sys.argv[1])
+    HttpServer(ServerConfig(**arguments["settings"]), lambda: EmbeddingRunner(**arguments["runner"])).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""What the transport suite runs transports with: both ends without a server, and a client of a real one."""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from eagle_target import protocol
+from eagle_target.client.connection import ServerConnection
+from eagle_target.errors import ConnectError
+from eagle_target.options import build_model
+from eagle_target.rows import PackedTensors, RowStore, scattered_store
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from types import TracebackType
+    from typing import Self
+
+    from eagle_target.client.connection import ResponseBody
+    from eagle_target.rows import Sink
+    from eagle_target.supervision import SupervisionRequest
+    from eagle_target.transports import (
+        ClientChannel,
+        ControlPlane,
+        IncomingBody,
+        Reply,
+        ServerChannel,
+        ServerEndpoint,
+        Transport,
+    )
+
+DTYPES = (
+    torch.float64,
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+)
+
+
+class MemoryBody:
+    """A body that has arrived in whole; past its end the connection is broken."""
+
+    def __init__(self, content_type: str, data: bytes | bytearray, length: int | None = None) -> None:
+        self.content_type = content_type
+        self.length = len(data) if length is None else length
+        self._left = memoryview(data)
+
+    def readinto(self, buffer: memoryview) -> None:
+        """Fill the buffer.
+
+        Raises:
+            ConnectError: the body has fewer bytes.
+        """
+        if len(buffer) > len(self._left):
+            raise ConnectError(f"the body ended {len(buffer) - len(self._left)} bytes early")
+        buffer[:] = self._left[: len(buffer)]
+        self._left = self._left[len(buffer) :]
+
+    @classmethod
+    def of(cls, reply: Reply) -> MemoryBody:
+        """What a client gets of a server's reply."""
+        return cls(reply.content_type, b"".join(reply.parts))
+
+
+class WatchedBody:
+    """A body that calls a function before its first byte is read."""
+
+    def __init__(self, body: IncomingBody, before: Callable[[], None]) -> None:
+        self.content_type = body.content_type
+        self.length = body.length
+        self._body = body
+        self._before: Callable[[], None] | None = before
+
+    def readinto(self, buffer: memoryview) -> None:
+        """Fill the buffer."""
+        before, self._before = self._before, None
+        if before is not None:
+            before()
+        self._body.readinto(buffer)
+
+
+class ScatteringSink:
+    """A sink that spreads the rows of every tensor over one of three times as many, in runs of one and of two."""
+
+    def __init__(self) -> None:
+        self.stores: dict[str, RowStore] = {}
+
+    def allocate(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> RowStore:
+        """Return the scattering store."""
+        self.stores[name] = scattered_store(
+            3 * shape[0] + 1,
+            shape,
+            dtype,
+            scattered_positions(shape[0]),
+            lambda size, kind: torch.empty(tuple(size), dtype=kind),
+        )
+        return self.stores[name]
+
+    def put(self, name: str, rows: torch.Tensor) -> None:
+        """Scatter a whole tensor."""
+        self.allocate(name, rows.shape, rows.dtype).write(0, rows.cpu())
+
+
+def scattered_positions(rows: int) -> torch.Tensor:
+    """Ascending slots for rows: 1 2 5 7 8 11 13 14 17 ..."""
+    numbers = torch.arange(rows)
+    return 6 * (numbers // 3) + torch.tensor([1, 2, 5])[numbers % 3] if rows else numbers
+
+
+@dataclass(slots=True)
+class MemoryControl:
+    """Opens channels on an endpoint of this process; what is said goes through JSON, as it does over HTTP."""
+
+    endpoint: ServerEndpoint
+    accepted: list[ServerChannel] = field(default_factory=list)
+
+    def open_channel(self, transport: str, hello: Mapping[str, Any]) -> Mapping[str, Any]:  # noqa: ARG002
+        """Have the endpoint accept."""
+        channel, answer = self.endpoint.accept(json.loads(json.dumps(dict(hello))))
+        self.accepted.append(channel)
+        reply: dict[str, Any] = json.loads(json.dumps(answer))
+        return reply
+
+
+class ChannelPair:
+    """The two ends of one channel, joined without HTTP."""
+
+    def __init__(self, transport: type[Transport], endpoint: ServerEndpoint, options: Mapping[str, Any]) -> None:
+        control = MemoryControl(endpoint)
+        checked = build_model(transport.options_model, options, f"options of transport {transport.name!r}")
+        offer = json.loads(json.dumps(endpoint.offer()))
+        self.client: ClientChannel = transport.connect(checked, offer, control)
+        if transport.connectionless:
+            control.open_channel(transport.name, {})
+        if len(control.accepted) != 1:
+            raise AssertionError(f"{transport.name} opened {len(control.accepted)} channels, one is expected")
+        self.server: ServerChannel = control.accepted[0]
+
+    def transfer(
+        self, transfer_id: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+    ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """Send and receive once."""
+        received = PackedTensors()
+        reply = self.server.send(transfer_id, tensors, metadata or {})
+        back = self.client.receive(MemoryBody.of(reply), received)
+        return received, back
+
+    def close(self) -> None:
+        """Close both ends."""
+        self.client.close()
+        self.server.close()
+
+
+class ServerClient:
+    """A client of a real server that lets a test stand between the body and the channel."""
+
+    def __init__(self, url: str, transport: type[Transport], options: Mapping[str, Any], *, timeout: float) -> None:
+        self._connection = ServerConnection(url, timeout=timeout, max_connections=2)
+        self._name = transport.name
+        self._channel_id: str | None = None
+        self._next_id = iter(range(1 << 30))
+        self._lock = threading.Lock()
+        handshake = protocol.read_handshake(self._connection.request_json("GET", protocol.TARGET))
+        checked = build_model(transport.options_model, options, f"options of transport {transport.name!r}")
+        control: ControlPlane = self
+        self.channel = transport.connect(checked, handshake.transports[transport.name], control)
+
+    def open_channel(self, transport: str, hello: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Have the server accept a channel."""
+        path = f"{protocol.TRANSPORTS}/{transport}/channels"
+        answer = protocol.read_json_object(self._connection.request_json("POST", path, hello), "the answer")
+        self._channel_id = answer.pop("channel")
+        return answer
+
+    def ask(self, request: SupervisionRequest) -> ResponseBody:
+        """Ask for supervision and return the answer's body, unread."""
+        with self._lock:
+            headers = {protocol.REQUEST_ID: f"test-{next(self._next_id)}", protocol.TRANSPORT: self._name}
+        if self._channel_id is not None:
+            headers[protocol.CHANNEL] = self._channel_id
+        return self._connection.request("POST", protocol.SUPERVISION, protocol.encode_request(request), headers)
+
+    def receive(self, body: IncomingBody, sink: Sink) -> dict[str, str]:
+        """Receive a transfer."""
+        return self.channel.receive(body, sink)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.channel.close()
+        self._connection.close()
+
+
+def random_tensor(shape: Sequence[int], dtype: torch.dtype, *, seed: int = 0) -> torch.Tensor:
+    """Random bits of a dtype: NaNs, infinities and subnormals, too."""
+    draw = torch.Generator().manual_seed(seed)
+    if dtype == torch.bool:
+        return torch.randint(0, 2, tuple(shape), generator=draw).bool()
+    count = torch.Size(shape).numel() * dtype.itemsize
+    raw = torch.randint(0, 256, (count,), generator=draw, dtype=torch.uint8)
+    return raw.view(dtype).view(tuple(shape))
+
+
+def assert_same_bits(given: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """Whether two sets of tensors are the same in names, dtypes, shapes and bits."""
+    assert {*given} == {*expected}, f"tensors {sorted(given)}, expected {sorted(expected)}"
+    for name, wanted in expected.items():
+        made = given[name].cpu()
+        assert (made.dtype, made.shape) == (wanted.dtype, wanted.shape), f"{name} is {made.dtype} {list(made.shape)}"
+        pair = [tensor.cpu().contiguous().flatten().view(torch.uint8) for tensor in (made, wanted)]
+        assert torch.equal(*pair), f"{name} has other bits"

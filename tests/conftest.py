@@ -1,0 +1,43 @@
+"""What every test has: tiny targets, loopback servers, one thread of torch and a clean environment."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytest_plugins = ["eagle_target.testing.fixtures"]
+
+# A distribution of its own: tests/adapters/test_thirdparty.py installs it and runs its tests.
+collect_ignore = ["thirdparty"]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    """Keep tiny matrices on one thread, here and in processes that tests start: they are slower on several."""
+    before, variable = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    yield
+    torch.set_num_threads(before)
+    if variable is None:
+        del os.environ["OMP_NUM_THREADS"]
+    else:
+        os.environ["OMP_NUM_THREADS"] = variable
+
+
+@pytest.fixture(autouse=True)
+def environment_is_left_alone(one_thread: None) -> Iterator[None]:
+    """Fail a test that leaks settings into the environment of the next."""
+    before = _settings()
+    yield
+    assert _settings() == before, "the test changed environment variables"
+
+
+def _settings() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith("EAGLE_TARGET_")}

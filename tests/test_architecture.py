@@ -1,0 +1,163 @@
+"""Dependencies point one way, imports stay cheap, files stay small, and the public names are pinned."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import eagle_target
+
+ROOT = Path(__file__).parents[1]
+CORE = ROOT / "eagle_target"
+PLUGINS = sorted([*ROOT.glob("transports/*/eagle_target_*"), *ROOT.glob("adapters/*/eagle_target_*")])
+SOURCES = sorted(path for folder in [CORE, *PLUGINS] for path in folder.rglob("*.py"))
+LONGEST_FILE = 400
+LONGEST_FUNCTION = 60
+
+# Loaded before anybody knows whether a tensor is needed.
+WITHOUT_TORCH = [
+    CORE / name
+    for name in (
+        "__init__.py",
+        "__main__.py",
+        "adapters.py",
+        "cli/main.py",
+        "cli/plugins.py",
+        "cli/serve.py",
+        "cli/settings.py",
+        "cli/supervise.py",
+        "cli/vocab.py",
+        "config.py",
+        "errors.py",
+        "hookspecs.py",
+        "info.py",
+        "options.py",
+        "plugins.py",
+        "transports.py",
+    )
+] + [path / "__init__.py" for path in PLUGINS]
+HEAVY = {"torch", "numpy", "transformers", "safetensors", "starlette", "uvicorn", "urllib3", "vllm", "sglang"}
+
+PUBLIC = [
+    "BatchHandle",
+    "DraftHead",
+    "Eagle3TargetBackend",
+    "Eagle3TargetBatch",
+    "RemoteEagle3TargetModel",
+    "RunnerEagle3TargetModel",
+    "ServedTarget",
+    "SupervisionRequest",
+    "TargetForward",
+    "TargetInfo",
+    "TargetModelServer",
+    "TargetRunner",
+    "VocabMapping",
+    "compute_supervision",
+    "default_eagle3_aux_layer_ids",
+    "load_target",
+    "open_target",
+]
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def imported_modules(path: Path, *, everywhere: bool = True) -> set[str]:
+    """Modules a file imports: all of them, or only those that importing it imports."""
+    nodes: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    found = set()
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{name_of(path)} has a relative import"
+            found |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+        typing_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        in_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        if everywhere or not (typing_only or in_function):
+            nodes += ast.iter_child_nodes(node)
+    return found
+
+
+def packages(path: Path, *, everywhere: bool = True) -> set[str]:
+    return {module.partition(".")[0] for module in imported_modules(path, everywhere=everywhere)}
+
+
+@pytest.mark.parametrize("path", sorted(CORE.rglob("*.py")), ids=name_of)
+def test_core_imports_no_adapter_and_no_transport(path: Path) -> None:
+    assert not {package for package in packages(path) if package.startswith("eagle_target_")}
+
+
+@pytest.mark.parametrize("folder", PLUGINS, ids=name_of)
+def test_plugins_import_core_and_themselves_only(folder: Path) -> None:
+    for path in folder.rglob("*.py"):
+        ours = {package for package in packages(path) if package.startswith("eagle_target")}
+        assert ours <= {"eagle_target", folder.name}, name_of(path)
+
+
+@pytest.mark.parametrize("folder", PLUGINS, ids=name_of)
+def test_plugins_use_neither_server_nor_client_nor_command(folder: Path) -> None:
+    private = ("eagle_target.server", "eagle_target.client", "eagle_target.cli", "eagle_target.testing")
+    for path in folder.rglob("*.py"):
+        assert not {module for module in imported_modules(path) if module.startswith(private)}, name_of(path)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_no_private_name_is_imported_from_another_module(path: Path) -> None:
+    for module in imported_modules(path):
+        assert not any(part.startswith("_") and part != "__future__" for part in module.split(".")[1:]), module
+
+
+def test_the_product_does_not_use_its_test_kit() -> None:
+    for path in SOURCES:
+        if CORE / "testing" not in path.parents:
+            assert not {module for module in imported_modules(path) if module.startswith("eagle_target.testing")}
+
+
+@pytest.mark.parametrize("path", WITHOUT_TORCH, ids=name_of)
+def test_what_the_command_loads_imports_no_torch(path: Path) -> None:
+    assert not packages(path, everywhere=False) & HEAVY
+
+
+@pytest.mark.parametrize("folder", PLUGINS, ids=lambda folder: folder.name)
+def test_importing_a_plugin_imports_no_torch(folder: Path) -> None:
+    check = f"import sys, {folder.name}; assert not {HEAVY!r} & {{*sys.modules}}, {HEAVY!r} & {{*sys.modules}}"
+
+    result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False)
+
+    assert result.returncode == 0, result.stderr
+
+
+def test_public_names_are_pinned_and_there() -> None:
+    assert eagle_target.__all__ == PUBLIC
+    for name in PUBLIC:
+        assert getattr(eagle_target, name).__name__ == name
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = eagle_target.no_such_name
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_files_and_functions_are_short_and_say_what_they_are(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    tree = ast.parse(text)
+
+    assert ast.get_docstring(tree)
+    assert len(text.splitlines()) <= LONGEST_FILE
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[0].end_lineno if ast.get_docstring(node) else node.lineno
+            length = (node.end_lineno or 0) - (first or 0)
+            assert length <= LONGEST_FUNCTION, f"{node.name} has {length} lines"
+
+
+def test_typing_is_shipped_and_no_folder_of_plugins_is_a_package() -> None:
+    for folder in [CORE, *PLUGINS]:
+        assert (folder / "py.typed").exists(), name_of(folder)
+    for folder in {path.parents[depth] for path in PLUGINS for depth in (0, 1)}:
+        assert not (folder / "__init__.py").exists(), name_of(folder)

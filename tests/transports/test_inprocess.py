@@ -1,0 +1,11 @@
+"""The inprocess transport passes the suite, but for what takes two processes."""
+
+from __future__ import annotations
+
+from eagle_target_inprocess.transport import InProcessTransport
+
+from eagle_target.testing.transports import InProcessTransportConformance
+
+
+class TestInProcessTransport(InProcessTransportConformance):
+    transport = InProcessTransport
