@@ -1,120 +1,24 @@
-"""From a trainer's rows to a ragged request, and from ragged supervision back to the trainer's batch."""
+"""From ragged supervision to the trainer's batch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import torch
 
 from eagle_target.batch import Eagle3TargetBatch
-from eagle_target.errors import ContractError, ProtocolError, VocabMappingError
-from eagle_target.projection import RowPolicy, project_draft
+from eagle_target.errors import ContractError, ProtocolError
+from eagle_target.projection import project_draft
 from eagle_target.rows import RowStore, scattered_store
-from eagle_target.sequences import RowLayout, lay_out_rows
-from eagle_target.supervision import SupervisionRequest, check_token_ids
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from eagle_target.projection import Encoding
+    from eagle_target.info import TargetInfo
     from eagle_target.rows import Allocate
     from eagle_target.runner import DraftHead
-    from eagle_target.sequences import SeqLens
-    from eagle_target.vocabulary import VocabMapping
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class TrainerRows:
-    """A trainer's checked input: `[batch, seq]` rows and where the sequences lie in them.
-
-    supervised: bool `[tokens]`; a token whose prediction bears loss: it is masked in and starts no sequence.
-    """
-
-    layout: RowLayout
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    loss_mask: torch.Tensor
-    position_ids: torch.Tensor | None
-    seq_lens: torch.Tensor | None
-    doc_remaining: torch.Tensor | None
-    supervised: torch.Tensor
-
-    def row_mask(self, rows: RowPolicy) -> torch.Tensor:
-        """Bool `[tokens]`: which rows of the distribution the policy asks for.
-
-        Raises:
-            ContractError: an unknown policy.
-        """
-        if rows not in get_args(RowPolicy):
-            raise ContractError(f"rows must be one of {get_args(RowPolicy)}, got {rows!r}")
-        return self.supervised if rows == "supervised" else ~self.layout.is_first
-
-    def request(
-        self, *, encoding: Encoding, rows: RowPolicy, mapping: VocabMapping | None, probs_dtype: torch.dtype
-    ) -> SupervisionRequest:
-        """The ragged request for these rows.
-
-        Raises:
-            VocabMappingError: encoding `hidden` without a mapping: the server needs none, but the trainer does.
-        """
-        if encoding == "hidden" and mapping is None:
-            raise VocabMappingError(
-                "encoding 'hidden' needs a vocabulary mapping: call set_vocab_mapping first, or use encoding='logits'"
-            )
-        return SupervisionRequest(
-            input_ids=self.layout.pack(self.input_ids).to("cpu"),
-            seq_lens=self.layout.seq_lens,
-            row_mask=self.row_mask(rows),
-            encoding=encoding,
-            mapping=mapping,
-            probs_dtype=probs_dtype,
-        )
-
-
-def read_trainer_rows(
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    loss_mask: torch.Tensor,
-    *,
-    vocab_size: int,
-    position_ids: torch.Tensor | None = None,
-    seq_lens: SeqLens | None = None,
-    doc_remaining: torch.Tensor | None = None,
-) -> TrainerRows:
-    """Check a trainer's `[batch, seq]` tensors and find their sequences.
-
-    A pad never bears loss, whatever `loss_mask` says there. In a packed batch missing `position_ids` and
-    `doc_remaining` are derived.
-
-    Raises:
-        ContractError: wrong dtypes or shapes, masks that are not 0/1 or have holes, lengths that do not add up, ids
-            outside the vocabulary, position ids that do not restart with each sequence.
-    """
-    _check_rows(input_ids, attention_mask, loss_mask)
-    layout = lay_out_rows(attention_mask, seq_lens)
-    check_token_ids(layout.pack(input_ids), vocab_size)
-    supervised = layout.pack(loss_mask).to("cpu", torch.bool) & ~layout.is_first
-    if position_ids is not None:
-        _check_shape("position_ids", position_ids, layout)
-        _check_position_ids(layout, position_ids)
-    lengths: torch.Tensor | None = None
-    if seq_lens is not None:
-        lengths = seq_lens if isinstance(seq_lens, torch.Tensor) else _pad_lengths(seq_lens)
-        position_ids = layout.unpack(layout.position_ids()) if position_ids is None else position_ids
-        doc_remaining = layout.unpack(layout.doc_remaining()) if doc_remaining is None else doc_remaining
-    if doc_remaining is not None:
-        _check_shape("doc_remaining", doc_remaining, layout)
-    return TrainerRows(
-        layout=layout,
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        loss_mask=loss_mask,
-        position_ids=position_ids,
-        seq_lens=lengths,
-        doc_remaining=doc_remaining,
-        supervised=supervised,
-    )
+    from eagle_target.supervision import SupervisionRequest
+    from eagle_target.trainer_rows import TrainerRows
 
 
 class BatchAssembler:
@@ -123,7 +27,7 @@ class BatchAssembler:
     Row s of the distribution goes to position s - 1, so the shift happens here and crosses no sequence end.
 
     Args:
-        rows: the trainer's rows; request: what was asked for.
+        rows: the trainer's rows. request: what was asked for. info: the target that was asked.
         draft_head: needed for encoding `hidden`. device: where the batch goes.
         allocate: makes uninitialised memory of a shape and dtype.
     """
@@ -133,6 +37,7 @@ class BatchAssembler:
         rows: TrainerRows,
         request: SupervisionRequest,
         *,
+        info: TargetInfo,
         draft_head: DraftHead | None,
         device: torch.device,
         allocate: Allocate,
@@ -143,38 +48,33 @@ class BatchAssembler:
         self._device = device
         self._allocate = allocate
         self._stores: dict[str, RowStore] = {}
-        self._hidden: torch.Tensor | None = None
         self._row_positions = rows.layout.token_positions[request.row_mask] - 1
-        self._row_shapes: dict[str, tuple[int, ...]] = {"target_top_ids": (), "target_logsumexp": ()}
-        if request.mapping is not None:
-            self._row_shapes["target_probs"] = (request.mapping.draft_vocab_size,)
-            self._row_shapes["logits"] = (request.mapping.vocab_size,)
+        self._expected = _expected_tensors(request, info)
 
     def allocate(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> RowStore:
         """Return the store that scatters `[rows, ...]` into the batch.
 
         Raises:
-            ProtocolError: twice the same tensor, or one of another shape than asked for.
+            ProtocolError: a tensor nobody asked for, twice the same, or one of another shape or dtype than asked for.
         """
-        wanted = len(self._rows.layout.token_positions if name == "aux_hidden_states" else self._row_positions)
-        expected = (wanted, *self._row_shapes.get(name, shape[1:]))
-        if name in self._stores or tuple(shape) != expected:
-            raise ProtocolError(f"supervision has {name} {list(shape)} once too often, or not as {list(expected)}")
+        positions = self._rows.layout.token_positions if name == "aux_hidden_states" else self._row_positions
+        expected = self._expected.get(name)
+        given = f"supervision has {name} {list(shape)} of {dtype}"
+        if expected is None or name in self._stores:
+            raise ProtocolError(f"{given} once too often: asked for were {sorted(self._expected)}")
+        width, dtypes = expected
+        if tuple(shape) != (len(positions), *width) or dtype not in dtypes:
+            raise ProtocolError(f"{given}, not {[len(positions), *width]} of {' or '.join(map(str, dtypes))}")
         if name == "last_hidden_states":
-            self._hidden = self._allocate(tuple(shape), dtype)
-            self._stores[name] = RowStore(self._hidden)
+            self._stores[name] = RowStore(self._allocate(tuple(shape), dtype))
         else:
-            positions = self._rows.layout.token_positions if name == "aux_hidden_states" else self._row_positions
             slots = self._rows.layout.batch * self._rows.layout.seq
             self._stores[name] = scattered_store(slots, shape, dtype, positions, self._allocate)
         return self._stores[name]
 
     def put(self, name: str, rows: torch.Tensor) -> None:
         """Scatter a whole tensor `[rows, ...]`."""
-        if name == "last_hidden_states":
-            self._hidden = rows.to(self._device)
-        else:
-            self.allocate(name, rows.shape, rows.dtype).write(0, rows)
+        self.allocate(name, rows.shape, rows.dtype).write(0, rows)
 
     def finish(self) -> Eagle3TargetBatch:
         """Return the batch, once every tensor is in.
@@ -202,11 +102,12 @@ class BatchAssembler:
         )
 
     def _project_hidden(self) -> None:
-        if self._hidden is None or self._draft_head is None:
+        if "last_hidden_states" not in self._stores or self._draft_head is None:
             raise ProtocolError("supervision in encoding 'hidden' came without last_hidden_states or a draft head")
-        shape = (len(self._hidden), len(self._draft_head.weight))
-        store = self.allocate("target_probs", shape, self._request.probs_dtype)
-        project_draft(self._hidden, self._draft_head, store)
+        hidden = self._stores["last_hidden_states"].out
+        self._expected["target_probs"] = ((len(self._draft_head.weight),), (self._request.probs_dtype,))
+        shape = (len(hidden), len(self._draft_head.weight))
+        project_draft(hidden, self._draft_head, self.allocate("target_probs", shape, self._request.probs_dtype))
 
     def _take(self, name: str) -> torch.Tensor:
         if name not in self._stores:
@@ -234,45 +135,20 @@ class BatchAssembler:
         return None if tensor is None else tensor.to(self._device)
 
 
-def _check_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor, loss_mask: torch.Tensor) -> None:
-    if input_ids.dim() != 2 or input_ids.dtype != torch.int64 or not input_ids.numel():
-        raise ContractError(
-            f"input_ids must be int64 [batch, seq], got {input_ids.dtype} {list(input_ids.shape)}: "
-            "use input_ids.long(), and unsqueeze(0) for a single row"
-        )
-    for name, mask in (("attention_mask", attention_mask), ("loss_mask", loss_mask)):
-        if mask.shape != input_ids.shape:
-            raise ContractError(
-                f"{name} is {list(mask.shape)}, input_ids {list(input_ids.shape)}: both must be [batch, seq]; "
-                "documents of a packed row go into seq_lens"
-            )
-        wrong = ((mask != 0) & (mask != 1)).nonzero()
-        if len(wrong):
-            row, column = wrong[0].tolist()
-            raise ContractError(
-                f"{name} has {mask[row, column].item()} at row {row}, position {column}: it must be 0 or 1"
-            )
-
-
-def _check_shape(name: str, tensor: torch.Tensor, layout: RowLayout) -> None:
-    if tuple(tensor.shape) != (layout.batch, layout.seq) or tensor.is_floating_point():
-        raise ContractError(
-            f"{name} must be integers {[layout.batch, layout.seq]}, got {tensor.dtype} {list(tensor.shape)}"
-        )
-
-
-def _check_position_ids(layout: RowLayout, position_ids: torch.Tensor) -> None:
-    given, expected = layout.pack(position_ids).to("cpu"), layout.position_ids()
-    wrong = (given != expected).nonzero()
-    if len(wrong):
-        index = int(wrong[0, 0])
-        row, column = divmod(int(layout.token_positions[index]), layout.seq)
-        raise ContractError(
-            f"position_ids has {int(given[index])} at row {row}, position {column}, expected {int(expected[index])}: "
-            "it restarts at 0 with every sequence; leave it out, or give the documents through seq_lens"
-        )
-
-
-def _pad_lengths(seq_lens: Sequence[Sequence[int]]) -> torch.Tensor:
-    width = max(len(row) for row in seq_lens)
-    return torch.tensor([[*row, *[0] * (width - len(row))] for row in seq_lens], dtype=torch.int64)
+def _expected_tensors(
+    request: SupervisionRequest, info: TargetInfo
+) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
+    """Width and possible dtypes of each tensor that answers a request."""
+    model = (getattr(torch, info.dtype),)
+    expected: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
+        "aux_hidden_states": ((3 * info.hidden_size,), model),
+        "target_top_ids": ((), (torch.int32,)),
+        "target_logsumexp": ((), (torch.float32,)),
+    }
+    if request.encoding == "hidden":
+        expected["last_hidden_states"] = ((info.hidden_size,), model)
+    elif request.encoding == "logits":
+        expected["logits"] = ((info.vocab_size,), (torch.float32, torch.bfloat16, torch.float16, torch.float64))
+    elif request.mapping is not None:
+        expected["target_probs"] = ((request.mapping.draft_vocab_size,), (request.probs_dtype,))
+    return expected

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from eagle_target.assembly import BatchAssembler, TrainerRows, read_trainer_rows
-from eagle_target.backend import Eagle3TargetBackend
-from eagle_target.errors import AdapterError, ContractError
+from eagle_target.errors import AdapterError
 from eagle_target.info import ServedTarget
 from eagle_target.layers import validate_aux_layer_ids
-from eagle_target.supervision import SupervisionRequest, compute_supervision
+from eagle_target.requesting import BatchForm, RequestingBackend
+from eagle_target.supervision import compute_supervision
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,11 +19,12 @@ if TYPE_CHECKING:
     from eagle_target.batch import Eagle3TargetBatch
     from eagle_target.projection import Encoding, RowPolicy
     from eagle_target.runner import DraftHead, TargetRunner
-    from eagle_target.sequences import SeqLens
+    from eagle_target.supervision import SupervisionRequest
+    from eagle_target.trainer_rows import TrainerRows
     from eagle_target.vocabulary import VocabMapping
 
 
-class RunnerEagle3TargetModel(Eagle3TargetBackend):
+class RunnerEagle3TargetModel(RequestingBackend):
     """Supervision from a runner in this process. One forward at a time, from any thread.
 
     Args:
@@ -51,130 +50,46 @@ class RunnerEagle3TargetModel(Eagle3TargetBackend):
         probs_dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
+        batch_device = torch.device(runner.info.device if device is None else device)
+        super().__init__(runner.info, BatchForm(encoding, rows, probs_dtype, batch_device), workers=1)
         self.runner = runner
         self.aux_layer_ids = validate_aux_layer_ids(aux_layer_ids, runner.info.num_layers)
         runner.set_aux_layers(self.aux_layer_ids)
-        self._encoding: Encoding = encoding
-        self._rows: RowPolicy = rows
-        self._probs_dtype = probs_dtype
-        self._device = torch.device(runner.info.device if device is None else device)
-        self._mapping: VocabMapping | None = None
-        self._draft_head: DraftHead | None = None
-        self._lock = threading.Lock()
-        self._executor: ThreadPoolExecutor | None = None
-        self._closed = False
-
-    def generate_batch(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        loss_mask: torch.Tensor,
-        *,
-        position_ids: torch.Tensor | None = None,
-        seq_lens: SeqLens | None = None,
-        doc_remaining: torch.Tensor | None = None,
-    ) -> Eagle3TargetBatch:
-        """See `Eagle3TargetBackend.generate_batch`."""
-        rows, request = self._read(
-            input_ids,
-            attention_mask,
-            loss_mask,
-            position_ids=position_ids,
-            seq_lens=seq_lens,
-            doc_remaining=doc_remaining,
-        )
-        return self._run(rows, request, self._draft_head)
-
-    def generate_batch_async(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        loss_mask: torch.Tensor,
-        *,
-        position_ids: torch.Tensor | None = None,
-        seq_lens: SeqLens | None = None,
-        doc_remaining: torch.Tensor | None = None,
-    ) -> Future[Eagle3TargetBatch]:
-        """See `Eagle3TargetBackend.generate_batch_async`; runs on one thread of the backend's own."""
-        rows, request = self._read(
-            input_ids,
-            attention_mask,
-            loss_mask,
-            position_ids=position_ids,
-            seq_lens=seq_lens,
-            doc_remaining=doc_remaining,
-        )
-        if self._executor is None:
-            self._executor = ThreadPoolExecutor(1, thread_name_prefix="eagle-target-colocated")
-        return self._executor.submit(self._run, rows, request, self._draft_head)
+        self._engine = threading.Lock()
 
     def model_info(self) -> dict[str, Any]:
         """Facts about the target."""
-        served = ServedTarget(info=self.runner.info, aux_layer_ids=self.aux_layer_ids)
+        served = ServedTarget(info=self.info, aux_layer_ids=self.aux_layer_ids)
         return {
-            **self.runner.info.model_dump(mode="json"),
+            **self.info.model_dump(mode="json"),
             "aux_layer_ids": list(self.aux_layer_ids),
             "fingerprint": served.fingerprint,
             "transport": "inprocess",
-            "encoding": self._encoding,
+            "encoding": self.form.encoding,
         }
 
     def input_embedding_weight(self) -> torch.Tensor:
         """The runner's own tensor, moved to the backend's device."""
-        with self._lock:
+        with self._engine:
             self._check_open()
-            return self.runner.input_embedding_weight().to(self._device)
+            return self.runner.input_embedding_weight().to(self.form.device)
 
-    def close(self) -> None:
-        """Stop the thread and release the runner."""
-        if self._executor is not None:
-            self._executor.shutdown(wait=True, cancel_futures=True)
-            self._executor = None
-        with self._lock:
-            if not self._closed:
-                self._closed = True
-                self.runner.close()
-
-    def _use_mapping(self, mapping: VocabMapping) -> None:
-        self._check_open()
-        mapping.check_target(self.runner.info.vocab_size)
-        if self._encoding == "hidden":
-            with self._lock:
-                head = self.runner.draft_head(mapping.selected_token_ids)
-            if head is None:
-                raise ContractError(
-                    f"encoding 'hidden' needs a plain LM head, which {self.runner.info.model} has not: use 'probs'"
-                )
-            self._draft_head = head.to(self._device)
-        self._mapping = mapping
-
-    def _read(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, loss_mask: torch.Tensor, **packing: Any
-    ) -> tuple[TrainerRows, SupervisionRequest]:
-        self._check_open()
-        info = self.runner.info
-        rows = read_trainer_rows(input_ids, attention_mask, loss_mask, vocab_size=info.vocab_size, **packing)
-        request = rows.request(
-            encoding=self._encoding, rows=self._rows, mapping=self._mapping, probs_dtype=self._probs_dtype
-        )
-        request.check(info)
-        return rows, request
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise AdapterError("this target is closed: build a new one")
-
-    def _run(self, rows: TrainerRows, request: SupervisionRequest, draft_head: DraftHead | None) -> Eagle3TargetBatch:
-        assembler = BatchAssembler(
-            rows,
-            request,
-            draft_head=draft_head,
-            device=self._device,
-            allocate=lambda shape, dtype: torch.empty(tuple(shape), dtype=dtype, device=self._device),
-        )
-        with self._lock:
-            if self._closed:
-                raise AdapterError("this target was closed while a batch waited: build a new one")
+    def _answer(self, rows: TrainerRows, request: SupervisionRequest, head: DraftHead | None) -> Eagle3TargetBatch:
+        assembler = self._assembler(rows, request, head)
+        with self._engine:
+            self._check_open()
             compute_supervision(self.runner, request, assembler)
         with torch.no_grad():
             return assembler.finish()
+
+    def _fetch_draft_head(self, mapping: VocabMapping) -> DraftHead | None:
+        with self._engine:
+            self._check_open()
+            return self.runner.draft_head(mapping.selected_token_ids)
+
+    def _closed_error(self) -> AdapterError:
+        return AdapterError("this target is closed: build a new one")
+
+    def _release(self) -> None:
+        with self._engine:
+            self.runner.close()

@@ -25,11 +25,12 @@ Encoding = Literal["probs", "hidden", "logits"]
 RowPolicy = Literal["supervised", "all"]
 PROBS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-CPU_TILE_BYTES = 32 << 20
+CPU_TILE_BYTES = 128 << 20
 CUDA_TILE_BYTES = 256 << 20
-EXP_BLOCK_BYTES = 4 << 20
+EXP_BLOCK_BYTES = 16 << 20
 
 
+@torch.no_grad()
 def project_full(
     last_hidden_states: torch.Tensor,
     compute_logits: ComputeLogits,
@@ -57,6 +58,7 @@ def project_full(
     if encoding == "probs" and mapping is not None:
         probs = sink.allocate("target_probs", (rows, mapping.draft_vocab_size), probs_dtype)
     tile = tile_rows(vocab_size, last_hidden_states.device)
+    scratch = _Scratch(min(tile, rows))
     starts = range(0, rows, tile) if rows or encoding != "logits" else (0,)
     for start in starts:
         logits = compute_logits(last_hidden_states[start : start + tile])
@@ -68,11 +70,9 @@ def project_full(
             continue
         best = logits.argmax(dim=-1)
         top_ids.write(start, best)
-        logsumexp.write(start, _logsumexp(logits, best))
+        logsumexp.write(start, scratch.logsumexp(logits, best))
         if probs is not None and mapping is not None:
-            columns = logits if mapping.is_identity else logits.index_select(1, mapping.selected_token_ids)
-            probs.write(start, torch.softmax(columns, dim=-1, dtype=torch.float32))
-            del columns
+            probs.write(start, scratch.draft_softmax(logits, mapping))
         # Two tiles would be alive while the head makes the next one.
         del logits
 
@@ -84,7 +84,8 @@ def project_draft(last_hidden_states: torch.Tensor, head: DraftHead, store: RowS
     """
     tile = tile_rows(len(head.weight), last_hidden_states.device)
     for start in range(0, len(last_hidden_states), tile):
-        logits = head.compute_logits(last_hidden_states[start : start + tile])
+        with torch.autocast(last_hidden_states.device.type, enabled=False):
+            logits = head.compute_logits(last_hidden_states[start : start + tile])
         store.write(start, torch.softmax(logits, dim=-1, dtype=torch.float32))
         del logits
 
@@ -103,12 +104,42 @@ def _check_logits(logits: torch.Tensor, vocab_size: int) -> None:
         )
 
 
-def _logsumexp(logits: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
-    """float32 `[tile]` from `[tile, vocab]`, with a bounded temporary instead of a second tile."""
-    top = logits.gather(1, best[:, None]).float()
-    total = torch.empty_like(top)
-    block = max(1, EXP_BLOCK_BYTES // (4 * logits.shape[1])) if logits.device.type == "cpu" else len(logits) // 4 + 1
-    for start in range(0, len(logits), block):
-        part = slice(start, start + block)
-        torch.sum((logits[part].float() - top[part]).exp_(), dim=1, keepdim=True, out=total[part])
-    return (top + total.log_())[:, 0]
+class _Scratch:
+    """Memory for what is computed from a tile of at most `rows` rows, taken once for all tiles.
+
+    Fresh memory costs the CPU more than the arithmetic on it, and tiles of logits between short-lived tensors
+    fragment its heap.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+        self._columns: torch.Tensor | None = None
+        self._probs: torch.Tensor | None = None
+        self._exp: torch.Tensor | None = None
+
+    def draft_softmax(self, logits: torch.Tensor, mapping: VocabMapping) -> torch.Tensor:
+        """float32 `[tile, draft_vocab]` from `[tile, vocab]`, until the next call."""
+        count, width = len(logits), mapping.draft_vocab_size
+        if self._probs is None:
+            self._probs = logits.new_empty(self._rows, width, dtype=torch.float32)
+        columns = logits
+        if not mapping.is_identity:
+            if self._columns is None:
+                self._columns = logits.new_empty(self._rows, width)
+            columns = torch.index_select(logits, 1, mapping.selected_token_ids, out=self._columns[:count])
+        return torch.softmax(columns, dim=-1, dtype=torch.float32, out=self._probs[:count])
+
+    def logsumexp(self, logits: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
+        """float32 `[tile]` from `[tile, vocab]`, a block of rows at a time."""
+        count, width = logits.shape
+        if self._exp is None:
+            on_cpu = logits.device.type == "cpu"
+            block = max(1, EXP_BLOCK_BYTES // (4 * width)) if on_cpu else self._rows // 4 + 1
+            self._exp = logits.new_empty(min(block, self._rows), width, dtype=torch.float32)
+        top = logits.gather(1, best[:, None]).float()
+        total = torch.empty_like(top)
+        for start in range(0, count, len(self._exp)):
+            part = slice(start, min(start + len(self._exp), count))
+            exp = torch.sub(logits[part], top[part], out=self._exp[: part.stop - start]).exp_()
+            torch.sum(exp, dim=1, keepdim=True, out=total[part])
+        return (top + total.log_())[:, 0]

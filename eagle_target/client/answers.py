@@ -42,7 +42,7 @@ SERVER_ERRORS: dict[str, type[ServerError]] = {
 
 
 def error_of(url: str, status: int, headers: Mapping[str, str], body: bytes) -> EagleTargetError:
-    """The error for an answer of status 400 and up; something between the server and us may have answered, too."""
+    """The error for an answer of status 300 and up; something between the server and us may have answered, too."""
     try:
         document = json.loads(body)
         name = str(document["type"]).removeprefix(PROBLEM_URN)

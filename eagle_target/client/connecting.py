@@ -7,7 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from eagle_target.errors import ConnectError, ContractError, Unavailable
+from eagle_target.errors import ConnectError, ContractError, TransferTimeout, Unavailable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,7 +38,7 @@ def wait_for_handshakes(peers: Sequence[Peer], ready_timeout: float) -> None:
             try:
                 peer.shake_hands()
                 waiting.remove(peer)
-            except (ConnectError, Unavailable) as error:
+            except (ConnectError, TransferTimeout, Unavailable) as error:
                 if isinstance(error, Unavailable) and error.problem in HOPELESS_PROBLEMS:
                     raise ConnectError(f"cannot use {peer.url}: {error}") from error
                 reasons[peer.url] = str(error)

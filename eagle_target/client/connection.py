@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import socket
+import threading
 import time
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -22,7 +24,7 @@ from eagle_target.errors import ConfigError, ConnectError, ProtocolError, Transf
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-READ_BYTES = 1 << 20
+READ_BYTES = 4 << 20
 CONNECT_SECONDS = 5.0
 MAX_JSON_BYTES = 1 << 20
 
@@ -43,21 +45,27 @@ class ServerConnection:
             raise ConfigError(f"{url!r} is not the URL of a server: http://host:port is expected")
         self.url = f"http://{parts.netloc}"
         self._timeout = timeout
-        self._closed = False
-        self._open: weakref.WeakSet[TrackedConnection] = weakref.WeakSet()
+        self._sockets = OpenSockets()
         self._pool = HTTPConnectionPool(parts.hostname, parts.port or 80, maxsize=max_connections, block=False)
-        self._pool.ConnectionCls = _tracked(self._open)
+        self._pool.ConnectionCls = _tracked(self._sockets)
 
     def request(
-        self, method: str, path: str, parts: Sequence[memoryview] = (), headers: Mapping[str, str] | None = None
+        self,
+        method: str,
+        path: str,
+        parts: Sequence[memoryview] = (),
+        headers: Mapping[str, str] | None = None,
+        *,
+        timeout: float | None = None,
     ) -> ResponseBody:
-        """Send a request and return its answer's body, unread.
+        """Send a request and return its answer's body, unread; `timeout` where this one may take less.
 
         Raises:
             ServerError, ContractError, ...: the server answered with a problem.
             ConnectError, TransferTimeout: it could not be reached, or not in time.
         """
-        deadline = time.monotonic() + self._timeout
+        timeout = self._timeout if timeout is None else timeout
+        deadline = time.monotonic() + timeout
         body = b"".join(parts) if parts or method in ("POST", "PUT") else None
         try:
             answer = self._pool.urlopen(
@@ -68,12 +76,12 @@ class ServerConnection:
                 retries=False,
                 redirect=False,
                 preload_content=False,
-                timeout=urllib3.Timeout(connect=min(CONNECT_SECONDS, self._timeout), read=self._timeout),
+                timeout=urllib3.Timeout(connect=min(CONNECT_SECONDS, timeout), read=timeout),
             )
         except (http_errors.HTTPError, OSError) as error:
             raise self.translate(error) from error
         response = ResponseBody(self, answer, deadline)
-        if answer.status >= 400:
+        if answer.status >= 300:
             raise error_of(self.url, answer.status, answer.headers, response.read_all(MAX_JSON_BYTES))
         return response
 
@@ -84,14 +92,12 @@ class ServerConnection:
 
     def close(self) -> None:
         """Close every connection; requests under way end with a ConnectError. Safe to call twice."""
-        self._closed = True
-        for connection in list(self._open):
-            connection.abort()
+        self._sockets.cut()
         self._pool.close()
 
     def translate(self, error: Exception) -> ConnectError | TransferTimeout:
         """The project's error for one of urllib3's."""
-        if self._closed:
+        if self._sockets.closed:
             return ConnectError(f"the connection to {self.url} was closed by this client")
         if isinstance(error, http_errors.ConnectTimeoutError | http_errors.NewConnectionError):
             return ConnectError(f"cannot connect to {self.url}: {error}: is the server running there?")
@@ -111,8 +117,8 @@ class ResponseBody:
         self._deadline = deadline
         self.headers = answer.headers
         self.content_type = answer.headers.get("Content-Type", "").partition(";")[0]
-        self.length = int(answer.headers.get("Content-Length", "0"))
-        self._left = self.length
+        self.length = self._left = _content_length(answer)
+        self._source = _source_of(answer)
         if not self._left:
             answer.drain_conn()
 
@@ -125,8 +131,7 @@ class ResponseBody:
         filled = 0
         try:
             while filled < len(buffer):
-                # urllib3 copies through a buffer of the size asked for: small pieces stay in the cache.
-                count = self._answer.readinto(buffer[filled : filled + READ_BYTES])
+                count = self._source.readinto(buffer[filled : filled + READ_BYTES])
                 if not count:
                     raise http_errors.IncompleteRead(self.length - self._left + filled, self._left - filled)
                 filled += count
@@ -164,22 +169,78 @@ class ResponseBody:
             self._answer.close()
 
 
-class TrackedConnection(HTTPConnection):
-    """A connection that another thread can cut."""
+class OpenSockets:
+    """The sockets to one server, which any thread can cut."""
 
-    def abort(self) -> None:
-        """Shut the socket down; whoever waits on it gets an error."""
-        if self.sock is not None:
-            with contextlib.suppress(OSError):
-                self.sock.shutdown(socket.SHUT_RDWR)
+    def __init__(self) -> None:
+        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+        self._lock = threading.Lock()
+        self.closed = False
+
+    def add(self, connected: socket.socket) -> None:
+        """Keep a socket in sight for as long as it is open; after `cut` it is cut at once."""
+        with self._lock:
+            self._sockets.add(connected)
+            if self.closed:
+                _shut_down(connected)
+
+    def cut(self) -> None:
+        """Shut every socket down; whoever waits on one gets an error."""
+        with self._lock:
+            self.closed = True
+            for connected in self._sockets:
+                _shut_down(connected)
 
 
-def _tracked(connections: weakref.WeakSet[TrackedConnection]) -> type[TrackedConnection]:
-    """A connection class that adds what it makes to a set."""
+def _shut_down(connected: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        connected.shutdown(socket.SHUT_RDWR)
 
-    class Connection(TrackedConnection):
+
+class DirectConnection(HTTPConnection):
+    """A connection that keeps http.client's own object behind its last answer.
+
+    That reads from the socket straight into a buffer, where urllib3's `readinto` makes a bytes object and copies it.
+    """
+
+    answer: http.client.HTTPResponse | None = None
+
+    def response_class(self, *args: Any, **options: Any) -> http.client.HTTPResponse:  # type: ignore[override]
+        """Make the answer; http.client calls this where it has a class by default."""
+        self.answer = http.client.HTTPResponse(*args, **options)
+        return self.answer
+
+
+def _source_of(answer: urllib3.BaseHTTPResponse) -> http.client.HTTPResponse | urllib3.BaseHTTPResponse:
+    """Where to read an answer's body from with the fewest copies."""
+    connection = answer.connection
+    direct = connection.answer if isinstance(connection, DirectConnection) else None
+    return answer if direct is None else direct
+
+
+def _tracked(sockets: OpenSockets) -> type[HTTPConnection]:
+    """A connection class that tells of the sockets it opens."""
+
+    class Connection(DirectConnection):
         def connect(self) -> None:
             super().connect()
-            connections.add(self)
+            # Not the connection: it lets go of its socket while a last answer is still read from it.
+            sockets.add(self.sock)
 
     return Connection
+
+
+def _content_length(answer: urllib3.BaseHTTPResponse) -> int:
+    """Bytes of an answer's body; an error page's may be left out, by something between the server and us.
+
+    Raises:
+        ProtocolError: no length, or none that is a number, where there is something to read.
+    """
+    text = answer.headers.get("Content-Length", "")
+    if text.isdecimal():
+        return int(text)
+    without_body = answer.status == 204 or answer.status >= 300
+    answer.close()
+    if text or not without_body:
+        raise ProtocolError(f"the answer, status {answer.status}, has Content-Length {text!r}: a number is expected")
+    return 0

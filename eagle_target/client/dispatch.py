@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 30.0
 BUSY_PAUSE_SECONDS = 0.2
+REQUEST_TIMEOUT = 408
 Answer = TypeVar("Answer")
 
 
@@ -45,8 +46,10 @@ class Standing:
 
     def fail(self, error: Exception) -> None:
         """Leave the server alone for a while, longer with every failure in a row."""
-        self.failures += 1
         self.last_error = str(error)
+        if self.failures and time.monotonic() < self.paused_until:
+            return  # of the same outage: it was under way when the pause began
+        self.failures += 1
         pause = min(FIRST_PAUSE_SECONDS * 2 ** (self.failures - 1), LONGEST_PAUSE_SECONDS)
         self.paused_until = time.monotonic() + pause
 
@@ -87,7 +90,7 @@ class Dispatcher:
                 self._release(standing, error)
                 if not is_retryable(error):
                     raise
-                if is_busy(error) and time.monotonic() < deadline:
+                if is_busy(error) and time.monotonic() < deadline and not self._stopped.is_set():
                     self._pause(standing, error)
                     continue
                 tried.append(standing)
@@ -139,7 +142,7 @@ def is_retryable(error: EagleTargetError) -> bool:
     if isinstance(error, RequestTooLarge):
         return False
     if isinstance(error, ServerError):
-        return error.status >= 500
+        return error.status >= 500 or error.status == REQUEST_TIMEOUT
     return isinstance(error, ConnectError | TransferTimeout | ProtocolError | AdapterError)
 
 

@@ -8,7 +8,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from eagle_target import protocol
-from eagle_target.errors import ConnectError, ProtocolError, RequestTooLarge, ServerError
+from eagle_target.errors import ConnectError, EagleTargetError, ProtocolError, RequestTooLarge, ServerError
 from eagle_target.options import build_model
 from eagle_target.rows import PackedTensors
 from eagle_target.runner import DraftHead
@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 # Once for a mapping the server forgot, once for a channel it forgot: it was restarted.
 REPAIRS = 2
+# A client that ends does not wait long for a server to hear of it.
+GIVE_UP_SECONDS = 2.0
 
 
 class Peer:
@@ -58,6 +60,7 @@ class Peer:
         self._handshake: Handshake | None = None
         self._channel: ClientChannel | None = None
         self._channel_id: str | None = None
+        self._closed = False
         self._uploaded: set[str] = set()
         self.transport = ""
         self.refused: dict[str, str] = {}
@@ -105,16 +108,17 @@ class Peer:
         """
         self._check_limits(request)
         for _ in range(REPAIRS):
+            channel, channel_id = self._agreed_channel()
             try:
-                return self._ask(request, sink)
+                return self._ask(request, sink, channel, channel_id)
             except ServerError as error:
                 if error.problem == "unknown-vocab-mapping" and request.mapping is not None:
                     self._uploaded.discard(request.mapping.sha256)
                 elif error.problem == "unknown-channel":
-                    self._reopen_channel()
+                    self._drop_channel(channel)
                 else:
                     raise
-        return self._ask(request, sink)
+        return self._ask(request, sink, *self._agreed_channel())
 
     def upload_mapping(self, mapping: VocabMapping) -> None:
         """Give the server a vocabulary mapping, unless it has been given it."""
@@ -143,27 +147,22 @@ class Peer:
     def close(self) -> None:
         """Close the channel and the connections. Safe to call twice."""
         with self._lock:
+            self._closed = True
             channel, self._channel = self._channel, None
             channel_id, self._channel_id = self._channel_id, None
         if channel is not None:
             channel.close()
         if channel_id is not None:
-            try:
-                self.connection.request("DELETE", f"{protocol.TRANSPORTS}/{self.transport}/channels/{channel_id}")
-            except (ConnectError, ServerError) as error:
-                logger.debug("channel %s of %s was not closed: %s", channel_id, self.url, error)
+            self._give_up_channel(self.transport, channel_id)
         self.connection.close()
 
-    def _ask(self, request: SupervisionRequest, sink: Sink) -> int:
+    def _ask(self, request: SupervisionRequest, sink: Sink, channel: ClientChannel, channel_id: str | None) -> int:
         if request.mapping is not None:
             self.upload_mapping(request.mapping)
         request_id = secrets.token_hex(8)
         headers = {protocol.REQUEST_ID: request_id, protocol.TRANSPORT: self.transport}
-        channel = self._channel
-        if channel is None:
-            raise ConnectError(f"the channel to {self.url} is closed")
-        if self._channel_id is not None:
-            headers[protocol.CHANNEL] = self._channel_id
+        if channel_id is not None:
+            headers[protocol.CHANNEL] = channel_id
         body = self.connection.request("POST", protocol.SUPERVISION, protocol.encode_request(request), headers)
         try:
             self._check_answer(body, request, request_id)
@@ -200,12 +199,38 @@ class Peer:
         metadata = wire.connect(wire.options_model(), {}, self).receive(body, tensors)
         return tensors, metadata
 
-    def _reopen_channel(self) -> None:
+    def _agreed_channel(self) -> tuple[ClientChannel, str | None]:
+        """The channel and its id, opened again where the server forgot it."""
         with self._lock:
-            if self._channel is not None:
-                self._channel.close()
-            self._channel = self._channel_id = None
-            self._open_channel()
+            if self._closed:
+                raise ConnectError(f"the channel to {self.url} is closed")
+            if self._channel is None:
+                self._renew_offers()
+                self._open_channel()
+            if self._channel is None:
+                raise ConnectError(f"no channel to {self.url} is open")
+            return self._channel, self._channel_id
+
+    def _drop_channel(self, forgotten: ClientChannel) -> None:
+        """Let go of a channel the server forgot, unless another thread did."""
+        with self._lock:
+            if self._channel is forgotten:
+                self._channel = self._channel_id = None
+        forgotten.close()
+
+    def _renew_offers(self) -> None:
+        """Ask again what the server offers: it was restarted, and may listen elsewhere now."""
+        handshake = protocol.read_handshake(self.connection.request_json("GET", protocol.TARGET))
+        if handshake.fingerprint != self.handshake.fingerprint:
+            raise ProtocolError(f"{self.url} serves another target than before: connect again")
+        self._handshake = handshake
+
+    def _give_up_channel(self, transport: str, channel_id: str) -> None:
+        path = f"{protocol.TRANSPORTS}/{transport}/channels/{channel_id}"
+        try:
+            self.connection.request("DELETE", path, timeout=GIVE_UP_SECONDS)
+        except EagleTargetError as error:
+            logger.debug("channel %s of %s was not closed: %s", channel_id, self.url, error)
 
     def _open_channel(self) -> None:
         offers = self.handshake.transports
@@ -221,6 +246,9 @@ class Peer:
                     self._channel = transport.connect(checked, offers[transport.name], self)
                 except ConnectError as error:
                     reason = str(error)
+                    accepted, self._channel_id = self._channel_id, None
+                    if accepted is not None:
+                        self._give_up_channel(transport.name, accepted)
                 else:
                     self.transport = transport.name
                     break

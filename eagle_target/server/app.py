@@ -104,7 +104,7 @@ class TargetApp:
     async def input_embeddings(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's signature
         """The input embedding as `weight`."""
         weight = await asyncio.wrap_future(self.server.input_embedding_weight())
-        return self._stream({"weight": weight}, {})
+        return await self._stream({"weight": weight}, {})
 
     async def lm_head(self, request: Request) -> Response:
         """Rows of the LM head for `token_ids`."""
@@ -120,7 +120,7 @@ class TargetApp:
             raise ContractError("this target's LM head cannot be handed out: use encoding 'probs' or 'logits'")
         parts = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
         soft_cap = "" if head.soft_cap is None else repr(head.soft_cap)
-        return self._stream(parts, {"logit_scale": repr(head.logit_scale), "soft_cap": soft_cap})
+        return await self._stream(parts, {"logit_scale": repr(head.logit_scale), "soft_cap": soft_cap})
 
     async def put_mapping(self, request: Request) -> Response:
         """Keep a vocabulary mapping under its hash."""
@@ -160,6 +160,9 @@ class TargetApp:
             return await self._supervise(request)
         except ClientDisconnect:
             return Response(status_code=CLIENT_GONE)
+        except asyncio.CancelledError:
+            # Only a server that stops at once cancels a request; the event loop still sends what is small.
+            return problem(503, "closed", "the server stopped before this request was answered", close=True)
         except Exception as error:  # noqa: BLE001 - answered as a problem
             return problem_of(error)
 
@@ -203,8 +206,9 @@ class TargetApp:
     async def _read(self, request: Request) -> memoryview:
         return await read_body(request, limit=self.config.max_body_bytes, timeout=self.config.body_timeout)
 
-    def _stream(self, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> Response:
-        reply = Reply(protocol.CONTENT_TYPE, encode_tensors(tensors, metadata))
+    async def _stream(self, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> Response:
+        # Tensors on a device are copied first, which other requests need not wait for.
+        reply = Reply(protocol.CONTENT_TYPE, await run_in_threadpool(encode_tensors, tensors, metadata))
         return TensorResponse(
             reply, {protocol.FINGERPRINT: self.server.served.fingerprint}, send_timeout=self.config.send_timeout
         )
@@ -248,4 +252,6 @@ async def _answer_http_error(request: Request, error: Exception) -> Response:
     """Routes that do not exist, and methods they do not have."""
     status = error.status_code if isinstance(error, HTTPException) else 500
     name = {404: "not-found", 405: "method-not-allowed"}.get(status, "http")
-    return problem(status, name, f"{request.method} {request.url.path[:200]}: see docs/protocol.md for the routes")
+    answer = problem(status, name, f"{request.method} {request.url.path[:200]}: see docs/protocol.md for the routes")
+    answer.headers.update(getattr(error, "headers", None) or {})
+    return answer

@@ -39,6 +39,7 @@ class Channels:
         self._max_channels = max_channels
         self._lock = threading.Lock()
         self._open: dict[str, tuple[str, ServerChannel]] = {}
+        self._opening = 0
         self._endpoints: dict[str, ServerEndpoint] = {}
         self._shared: dict[str, ServerChannel] = {}
         for transport in _choose_transports(plugins, names):
@@ -68,17 +69,22 @@ class Channels:
         if endpoint is None:
             raise _not_offered(name, self._endpoints)
         with self._lock:
-            if len(self._open) >= self._max_channels:
+            if len(self._open) + self._opening >= self._max_channels:
                 raise ServerError(
                     f"{len(self._open)} channels are open, this server holds {self._max_channels}: close some, or "
                     "raise max_channels",
                     status=503,
                     problem="too-many-channels",
                 )
-        channel, answer = endpoint.accept(hello)
+            self._opening += 1
         channel_id = secrets.token_urlsafe(16)
-        with self._lock:
-            self._open[channel_id] = (name, channel)
+        try:
+            channel, answer = endpoint.accept(hello)
+            with self._lock:
+                self._open[channel_id] = (name, channel)
+        finally:
+            with self._lock:
+                self._opening -= 1
         return channel_id, answer
 
     def find(self, name: str, channel_id: str | None) -> ServerChannel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import traceback
 from collections import OrderedDict, deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -12,7 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from eagle_target.errors import AdapterError, ContractError, Overloaded, Unavailable, VocabMappingError
+from eagle_target.errors import (
+    AdapterError,
+    ContractError,
+    EagleTargetError,
+    Overloaded,
+    Unavailable,
+    VocabMappingError,
+)
 from eagle_target.info import ServedTarget
 from eagle_target.layers import validate_aux_layer_ids
 from eagle_target.rows import PackedTensors
@@ -130,17 +138,7 @@ class TargetModelServer:
                 f"use one of {list(self.encodings)}"
             )
         job = Job(request)
-        with self._changed:
-            self._check_serving()
-            if len(self._jobs) >= self._max_queue:
-                raise Overloaded(
-                    f"{len(self._jobs)} requests wait, the queue holds {self._max_queue}: try again, or another server",
-                    status=503,
-                    problem="queue-full",
-                    retry_after=1.0,
-                )
-            self._jobs.append(job)
-            self._changed.notify_all()
+        self._put(job)
         return job.future
 
     def add_mapping(self, mapping: VocabMapping) -> None:
@@ -190,19 +188,29 @@ class TargetModelServer:
             self.state = "closed"
             jobs, self._jobs = list(self._jobs), deque()
             self._changed.notify_all()
-        for job in jobs:
-            if job.future.set_running_or_notify_cancel():
-                job.future.set_exception(Unavailable("the server is closed", status=503, problem="closed"))
+        _refuse(jobs, Unavailable("the server is closed", status=503, problem="closed"))
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(timeout)
 
     def _call(self, function: Callable[[TargetRunner], Any]) -> Future[Any]:
         call = Call(function)
+        self._put(call)
+        return call.future
+
+    def _put(self, work: Job | Call) -> None:
         with self._changed:
             self._check_serving()
-            self._jobs.append(call)
+            if len(self._jobs) >= self._max_queue:
+                self._jobs = deque(job for job in self._jobs if not job.future.cancelled())
+            if len(self._jobs) >= self._max_queue:
+                raise Overloaded(
+                    f"{len(self._jobs)} requests wait, the queue holds {self._max_queue}: try again, or another server",
+                    status=503,
+                    problem="queue-full",
+                    retry_after=1.0,
+                )
+            self._jobs.append(work)
             self._changed.notify_all()
-        return call.future
 
     def _check_serving(self) -> None:
         if self.state not in SERVING_STATES:
@@ -214,24 +222,26 @@ class TargetModelServer:
     def _run(self) -> None:
         try:
             self._load_target()
-        except Exception as error:
-            logger.exception("the target could not be loaded")
-            with self._changed:
-                self.failure = str(error)
-                self.state = "failed"
-            return
-        try:
-            while True:
-                jobs = self._take()
-                if jobs is None:
-                    return
-                if isinstance(jobs, Call):
-                    self._answer_call(jobs)
-                else:
-                    self._answer(jobs)
+            while self._work():
+                pass
+        # Whatever it was, SystemExit of an engine included: a thread that is gone must not look like one that loads.
+        except BaseException as error:  # noqa: BLE001
+            self._give_up(error)
         finally:
             if self._runner is not None:
                 self._runner.close()
+
+    def _give_up(self, error: BaseException) -> None:
+        with_traceback = not isinstance(error, EagleTargetError) or logger.isEnabledFor(logging.DEBUG)
+        logger.error(
+            "the engine stopped: %s: %s", type(error).__name__, error, exc_info=error if with_traceback else None
+        )
+        with self._changed:
+            self.failure = str(error) or type(error).__name__
+            if self.state != "closed":
+                self.state = "failed"
+            jobs, self._jobs = list(self._jobs), deque()
+        _refuse(jobs, Unavailable(self._not_serving(), status=503, problem=self.state))
 
     def _load_target(self) -> None:
         runner = self._load()
@@ -243,6 +253,15 @@ class TargetModelServer:
             self._served = ServedTarget(info=runner.info, aux_layer_ids=aux_layer_ids)
             if self.state == "loading":
                 self.state = "ready"
+
+    def _work(self) -> bool:
+        """Answer what comes next; False when closed. Keeps no answer alive while it waits."""
+        work = self._take()
+        if isinstance(work, Call):
+            self._answer_call(work)
+        elif work is not None:
+            self._answer(work)
+        return work is not None
 
     def _take(self) -> list[Job] | Call | None:
         """Wait for work: requests in order as long as they fit one forward; None when closed."""
@@ -256,11 +275,12 @@ class TargetModelServer:
                 return first
             jobs, tokens = [first], first.request.tokens
             while self._jobs and isinstance(follower := self._jobs[0], Job):
-                tokens += follower.request.tokens
-                if tokens > self._max_batch_tokens:
-                    break
+                if not follower.future.cancelled():
+                    tokens += follower.request.tokens
+                    if tokens > self._max_batch_tokens:
+                        break
+                    jobs.append(follower)
                 self._jobs.popleft()
-                jobs.append(follower)
             return jobs
 
     def _answer_call(self, call: Call) -> None:
@@ -280,10 +300,12 @@ class TargetModelServer:
             self._supervise(self._runner, jobs)
         except Exception as error:  # noqa: BLE001 - handed to whoever waits for it
             self._fail(jobs, error)
-            return
-        with self._changed:
-            if self.state == "degraded":
-                self.state, self.failure = "ready", None
+        finally:
+            # Only what ends this thread leaves some without an answer.
+            stopped = Unavailable("the engine stopped on this request", status=503, problem="failed")
+            for job in jobs:
+                if not job.future.done():
+                    job.future.set_exception(stopped)
 
     def _supervise(self, runner: TargetRunner, jobs: list[Job]) -> None:
         started = time.perf_counter()
@@ -300,6 +322,9 @@ class TargetModelServer:
                     "projection": time.perf_counter() - projecting,
                 }
                 job.future.set_result(Supervised(tensors, timings))
+        with self._changed:
+            if self.state == "degraded":
+                self.state, self.failure = "ready", None
 
     def _forward(self, runner: TargetRunner, requests: list[SupervisionRequest]) -> list[TargetForward]:
         device = torch.device(runner.info.device)
@@ -314,10 +339,12 @@ class TargetModelServer:
         """Answer each request by itself when a joined forward failed, so that one cannot fail the others."""
         waiting = [job for job in jobs if not job.future.done()]
         if len(jobs) > 1:
+            _release_frames(error)
             for job in waiting:
                 self._answer_alone(job)
             return
         logger.error("a forward failed: %s: %s", type(error).__name__, error, exc_info=error)
+        _release_frames(error)
         with self._changed:
             if self.state == "ready":
                 self.state, self.failure = "degraded", f"{type(error).__name__}: {error}"
@@ -330,6 +357,19 @@ class TargetModelServer:
                 self._supervise(self._runner, [job])
         except Exception as error:  # noqa: BLE001 - handed to whoever waits for it
             self._fail([job], error)
+
+
+def _release_frames(error: BaseException | None) -> None:
+    """Let go of a failed forward's tensors, which the error's frames would hold for as long as it is kept."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
+def _refuse(jobs: Sequence[Job | Call], error: Unavailable) -> None:
+    for job in jobs:
+        if job.future.set_running_or_notify_cancel():
+            job.future.set_exception(error)
 
 
 def _engine_error(error: Exception) -> AdapterError:

@@ -18,6 +18,7 @@ from eagle_target.errors import AdapterError, ConfigError
 from eagle_target.plugins import load_plugins
 from eagle_target.server.app import TargetApp
 from eagle_target.server.channels import Channels
+from eagle_target.server.connections import timed_connections
 from eagle_target.server.engine import TargetModelServer
 from eagle_target.targets import load_runner
 
@@ -30,7 +31,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DRAIN_POLL_SECONDS = 0.05
+POLL_SECONDS = 0.05
+# A trainer's step may take a while; its connections should be there for the next one.
+KEEP_ALIVE_SECONDS = 75
+# How long the engine's thread may take to end; it is a daemon and ends with the process at the latest.
+CLOSE_SECONDS = 30.0
+STOP_SECONDS = 1.0
 
 
 class HttpServer:
@@ -46,9 +52,14 @@ class HttpServer:
 
     def __init__(self, config: ServerConfig, load: Callable[[], TargetRunner] | None = None) -> None:
         self._config = config
-        self._channels = Channels(
-            load_plugins(), config.transports, config.transport_options, max_channels=config.max_channels
-        )
+        self._socket = _bind(config)
+        try:
+            self._channels = Channels(
+                load_plugins(), config.transports, config.transport_options, max_channels=config.max_channels
+            )
+        except BaseException:
+            self._socket.close()
+            raise
         self.engine = TargetModelServer(
             load or partial(load_runner, config.engine, config.model, config.engine_options),
             aux_layer_ids=config.aux_layer_ids,
@@ -57,19 +68,20 @@ class HttpServer:
             max_mappings=config.max_mappings,
         )
         self._app = TargetApp(self.engine, self._channels, config)
-        self._socket = _bind(config)
         self.port: int = self._socket.getsockname()[1]
         settings = uvicorn.Config(
             self._app.asgi,
             loop="auto",
-            http="httptools",
+            http=timed_connections(config.body_timeout),
             log_config=None,
             access_log=False,
             lifespan="off",
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=max(1, round(config.drain_timeout)),
         )
         self._uvicorn = _Uvicorn(settings)
         self._thread: threading.Thread | None = None
+        self._hurried = False
 
     @property
     def url(self) -> str:
@@ -79,12 +91,12 @@ class HttpServer:
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT; the first drains, a second one stops."""
-        if self._config.port_file is not None:
-            _write_port(self._config.port_file, self.port)
-        self.engine.start()
         try:
+            if self._config.port_file is not None:
+                _write_port(self._config.port_file, self.port)
+            self.engine.start()
             with asyncio.Runner(loop_factory=self._uvicorn.config.get_loop_factory()) as runner:
-                runner.run(self._serve())
+                runner.run(self._serve_process())
             if self.engine.state == "failed":
                 raise AdapterError(f"cannot serve {self._config.model}: {self.engine.failure}")
         finally:
@@ -108,50 +120,61 @@ class HttpServer:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        self.engine.close()
+        self.engine.close(STOP_SECONDS if self._hurried else CLOSE_SECONDS)
         self._channels.close()
         self._socket.close()
 
     def _run_on_thread(self) -> None:
         with asyncio.Runner(loop_factory=self._uvicorn.config.get_loop_factory()) as runner:
-            runner.run(self._uvicorn.serve(sockets=[self._socket]))
+            runner.run(self._serve())
 
-    async def _serve(self) -> None:
+    async def _serve_process(self) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
-        watch = loop.create_task(self._watch())
+        watch = loop.create_task(self._watch_engine())
+        try:
+            await self._serve()
+        finally:
+            watch.cancel()
+
+    async def _serve(self) -> None:
+        drain = asyncio.get_running_loop().create_task(self._finish_drain())
         try:
             await self._uvicorn.serve(sockets=[self._socket])
         finally:
-            watch.cancel()
+            drain.cancel()
 
     def _on_signal(self) -> None:
         if self._uvicorn.draining:
             logger.warning("second signal: stopping at once")
+            self._hurried = self._uvicorn.force_exit = True
             self._uvicorn.should_exit = True
-            self._uvicorn.force_exit = True
         else:
             logger.info("draining: no new requests, %d under way", self._app.active)
             self.drain()
 
-    async def _watch(self) -> None:
-        """Say when the target is ready, and stop when it failed or the drain is over."""
+    async def _watch_engine(self) -> None:
+        """Say when the target is ready, and stop when it failed."""
         announced = False
-        while not self._uvicorn.draining:
-            await asyncio.sleep(DRAIN_POLL_SECONDS)
+        while self.engine.state != "failed":
+            await asyncio.sleep(POLL_SECONDS)
             if not announced and self.engine.state == "ready":
                 announced = True
                 self._announce()
-            if self.engine.state == "failed":
-                self._uvicorn.should_exit = True
-                return
+        self._uvicorn.should_exit = True
+
+    async def _finish_drain(self) -> None:
+        """Once draining, stop when everything under way is answered, or has had its time."""
+        while not self._uvicorn.draining:
+            await asyncio.sleep(POLL_SECONDS)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._config.drain_timeout):
                 while self._app.active:
-                    await asyncio.sleep(DRAIN_POLL_SECONDS)
+                    await asyncio.sleep(POLL_SECONDS)
         if self._app.active:
             logger.warning("%d requests were still under way after %g s", self._app.active, self._config.drain_timeout)
+            self._hurried = self._uvicorn.force_exit = True
         self._uvicorn.should_exit = True
 
     def _announce(self) -> None:

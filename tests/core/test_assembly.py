@@ -9,11 +9,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eagle_target import projection
-from eagle_target.assembly import BatchAssembler, TrainerRows, read_trainer_rows
+from eagle_target.assembly import BatchAssembler
 from eagle_target.errors import ContractError, ProtocolError, VocabMappingError
 from eagle_target.rows import PackedTensors
 from eagle_target.supervision import SupervisionRequest, compute_supervision
 from eagle_target.testing.tiny import EmbeddingRunner, shuffled_mapping
+from eagle_target.trainer_rows import TrainerRows, read_trainer_rows
 from tests.core.layouts import LAYOUTS, mask_of
 from tests.oracle import assert_matches, oracle_batch
 
@@ -48,7 +49,7 @@ def garbage(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
 
 def assembler_for(rows: TrainerRows, request: SupervisionRequest) -> BatchAssembler:
     head = RUNNER.draft_head(MAPPING.selected_token_ids)
-    return BatchAssembler(rows, request, draft_head=head, device=CPU, allocate=garbage)
+    return BatchAssembler(rows, request, info=RUNNER.info, draft_head=head, device=CPU, allocate=garbage)
 
 
 def full_forward(ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -300,6 +301,7 @@ def test_the_distribution_is_in_memory_once(monkeypatch: pytest.MonkeyPatch, enc
     assembler = BatchAssembler(
         rows,
         request,
+        info=runner.info,
         draft_head=runner.draft_head(mapping.selected_token_ids),
         device=CPU,
         allocate=lambda shape, dtype: torch.empty(tuple(shape), dtype=dtype),
@@ -318,18 +320,22 @@ def test_the_distribution_is_in_memory_once(monkeypatch: pytest.MonkeyPatch, enc
 def test_supervision_nobody_asked_for_is_refused() -> None:
     request = request_of(read())
     assembler = assembler_for(read(), request)
-    with pytest.raises(ProtocolError, match=r"target_probs \[4, 12\] .* not as \[5, 12\]"):
+    with pytest.raises(ProtocolError, match=r"target_probs \[4, 12\] .* not \[5, 12\]"):
         assembler.put("target_probs", torch.zeros(4, 12))
-    with pytest.raises(ProtocolError, match=r"aux_hidden_states \[7, 48\] .* not as \[8, 48\]"):
+    with pytest.raises(ProtocolError, match=r"aux_hidden_states \[7, 48\] .* not \[8, 48\]"):
         assembler.put("aux_hidden_states", torch.zeros(7, 48))
     with pytest.raises(ProtocolError, match=r"target_top_ids \[\]"):
         assembler.put("target_top_ids", torch.tensor(1))
+    with pytest.raises(ProtocolError, match="target_top_ids .* of torch.int64, not .* of torch.int32"):
+        assembler.put("target_top_ids", torch.zeros(5, dtype=torch.int64))
+    with pytest.raises(ProtocolError, match="stranger .* once too often"):
+        assembler.allocate("stranger", (0, 1 << 40), torch.float32)
 
 
 def test_supervision_given_twice_is_refused() -> None:
     assembler = assembler_for(read(), request_of(read()))
     assembler.put("target_top_ids", torch.zeros(5).int())
-    with pytest.raises(ProtocolError, match=r"target_top_ids \[5\] once too often"):
+    with pytest.raises(ProtocolError, match=r"target_top_ids \[5\] of torch.int32 once too often"):
         assembler.put("target_top_ids", torch.zeros(5).int())
 
 
@@ -351,7 +357,7 @@ def test_hidden_states_of_another_length_are_refused(rows: int) -> None:
     request = request_of(read(), "hidden")
     whole = supervise(request)
     whole["last_hidden_states"] = torch.zeros(rows, 16)
-    with pytest.raises(ProtocolError, match=r"not as \[5, 12\]"):
+    with pytest.raises(ProtocolError, match=r"not \[5, 16\]"):
         finish(assembler_for(read(), request), whole)
 
 

@@ -110,7 +110,7 @@ def test_logsumexp_blocks_do_not_change_values(monkeypatch: pytest.MonkeyPatch, 
 def test_a_tile_has_at_least_one_row() -> None:
     assert tile_rows(10**9, torch.device("cpu")) == 1
     assert tile_rows(10**9, torch.device("cuda")) == 1
-    assert tile_rows(1 << 18, torch.device("cpu")) == 32
+    assert tile_rows(1 << 18, torch.device("cpu")) == 128
     assert tile_rows(1 << 18, torch.device("cuda", 3)) == 256
 
 

@@ -19,9 +19,9 @@ import yaml
 from eagle_target.config import ServerConfig
 from eagle_target.protocol import encode_request
 from eagle_target.supervision import SupervisionRequest
+from eagle_target.targets import load_runner
 from eagle_target.testing.server import loopback_server
 from eagle_target.testing.tiny import save_tiny_target
-from eagle_target.targets import load_runner
 from eagle_target.vocabulary import VocabMapping
 from tests.docs.blocks import LANGUAGES, PAGES, ROOT, Block, blocks_of, read_blocks
 
@@ -58,7 +58,12 @@ def replacements(checkpoint: Path, url: str, tmp_path: Path, monkeypatch: pytest
     )
     Path("request.safetensors").write_bytes(b"".join(encode_request(request)))
     server = next(block for block in read_blocks(ROOT / "README.md") if block.language == "yaml")
-    changes = {MODEL: str(checkpoint), "http://gpu-7:8001": url, "dtype=bfloat16": "dtype=float32", "--size 32000": "--size 40"}
+    changes = {
+        MODEL: str(checkpoint),
+        "http://gpu-7:8001": url,
+        "dtype=bfloat16": "dtype=float32",
+        "--size 32000": "--size 40",
+    }
     Path("server.yaml").write_text(server.fit(changes), encoding="utf-8")
     return changes
 
@@ -106,7 +111,7 @@ def test_python_runs_in_order(page: Path, replacements: dict[str, str]) -> None:
     namespace: dict[str, Any] = {"__name__": "example", **_trainer()}
     for block in read_blocks(page):
         if block.language == "python":
-            exec(compile("\n" * block.line + block.fit(replacements), str(page), "exec"), namespace)  # noqa: S102
+            exec(compile("\n" * block.line + block.fit(replacements), str(page), "exec"), namespace)
 
 
 def test_the_guides_adapter_conforms(tmp_path: Path) -> None:

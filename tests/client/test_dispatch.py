@@ -1,0 +1,237 @@
+"""Which server gets a request, and what happens when it does not go well."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
+
+import pytest
+
+from eagle_target.client import dispatch
+from eagle_target.client.dispatch import Dispatcher, Standing, is_busy, is_retryable
+from eagle_target.errors import (
+    AdapterError,
+    ConfigError,
+    ConnectError,
+    ContractError,
+    EagleTargetError,
+    Overloaded,
+    ProtocolError,
+    RequestTooLarge,
+    ServerError,
+    TransferTimeout,
+    Unavailable,
+    VocabMappingError,
+)
+from tests.server.cases import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from eagle_target.client.peer import Peer
+
+PATIENCE_SECONDS = 20.0
+
+
+def dispatcher(*urls: str, max_retries: int = 3, timeout: float = 10.0) -> Dispatcher:
+    peers = [cast("Peer", SimpleNamespace(url=url)) for url in urls]
+    return Dispatcher(peers, max_retries=max_retries, timeout=timeout)
+
+
+@pytest.fixture
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(dispatch, "BUSY_PAUSE_SECONDS", 0.01)
+
+
+def failing(error: EagleTargetError, *urls: str) -> tuple[list[str], Callable[[Peer], str]]:
+    """An operation that fails on these servers, and the list of those it ran on."""
+    ran: list[str] = []
+
+    def operation(peer: Peer) -> str:
+        ran.append(peer.url)
+        if peer.url in urls:
+            raise error
+        return peer.url
+
+    return ran, operation
+
+
+def test_the_server_with_the_least_outstanding_is_chosen() -> None:
+    chooser = dispatcher("a", "b", "c")
+    go = threading.Event()
+    ran: list[str] = []
+
+    def operation(peer: Peer) -> str:
+        ran.append(peer.url)
+        assert go.wait(PATIENCE_SECONDS)
+        return peer.url
+
+    with ThreadPoolExecutor(7) as pool:
+        futures = []
+        for count in range(1, 8):
+            futures.append(pool.submit(chooser.run, operation))
+            wait_until(lambda count=count: len(ran) == count)  # type: ignore[misc]
+        assert [standing.outstanding for standing in chooser.standings] == [3, 2, 2]
+        go.set()
+        assert sorted(future.result(PATIENCE_SECONDS) for future in futures) == [*"aaabbcc"]
+    assert [standing.outstanding for standing in chooser.standings] == [0, 0, 0]
+
+
+def test_a_request_that_failed_is_made_again_elsewhere() -> None:
+    chooser = dispatcher("a", "b")
+    ran, operation = failing(ConnectError("gone"), "a")
+    assert chooser.run(operation) == "b"
+    assert ran == ["a", "b"]
+    assert chooser.retries == 1
+    bad, good = chooser.standings
+    assert (bad.failures, bad.last_error, bad.outstanding) == (1, "gone", 0)
+    assert (good.failures, good.last_error, good.outstanding) == (0, None, 0)
+    assert [chooser.run(operation) for _ in range(5)] == ["b"] * 5
+    assert ran == ["a", *["b"] * 6]
+
+
+@pytest.mark.usefixtures("short_pauses")
+def test_a_server_that_failed_is_tried_again_after_a_pause() -> None:
+    chooser = dispatcher("a")
+    ran: list[str] = []
+
+    def operation(peer: Peer) -> str:
+        ran.append(peer.url)
+        if len(ran) < 3:
+            raise ConnectError("gone")
+        return "well"
+
+    assert chooser.run(operation) == "well"
+    assert ran == ["a"] * 3
+    assert (chooser.standings[0].failures, chooser.standings[0].last_error) == (0, None)
+
+
+def test_pauses_grow_with_each_outage_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(dispatch, "time", SimpleNamespace(monotonic=lambda: now))
+    standing = Standing(cast("Peer", None))
+    pauses = []
+    for _ in range(7):
+        standing.fail(ConnectError("gone"))
+        pauses.append(standing.paused_until - now)
+        standing.fail(ConnectError("of the same outage"))
+        assert standing.paused_until - now == pauses[-1]
+        now = standing.paused_until
+    assert pauses == [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
+    assert standing.last_error == "of the same outage"
+    standing.succeed()
+    standing.fail(ConnectError("gone"))
+    assert standing.paused_until - now == 1.0
+
+
+@pytest.mark.usefixtures("short_pauses")
+def test_the_last_error_names_every_server_that_was_tried() -> None:
+    chooser = dispatcher("a", "b", max_retries=2)
+    ran, operation = failing(TransferTimeout("late"), "a", "b")
+    with pytest.raises(TransferTimeout, match=r"^late \(gave up after 3 attempts, on a, b, [ab]\)$") as caught:
+        chooser.run(operation)
+    assert len(ran) == 3
+    assert isinstance(caught.value.__cause__, TransferTimeout)
+
+
+@pytest.mark.usefixtures("short_pauses")
+def test_the_last_error_keeps_what_the_server_said() -> None:
+    chooser = dispatcher("a", max_retries=0)
+    error = Unavailable("bye", status=503, problem="draining", retry_after=3.0)
+    with pytest.raises(Unavailable, match="gave up after 1 attempts, on a") as caught:
+        chooser.run(failing(error, "a")[1])
+    assert (caught.value.status, caught.value.problem, caught.value.retry_after) == (503, "draining", 3.0)
+
+
+@pytest.mark.parametrize("problem", ["queue-full", "loading"])
+@pytest.mark.usefixtures("short_pauses")
+def test_waiting_for_a_busy_server_uses_up_no_retry(problem: str) -> None:
+    chooser = dispatcher("a", max_retries=0)
+    kind = Overloaded if problem == "queue-full" else Unavailable
+    left = [kind("busy", status=503, problem=problem, retry_after=seconds) for seconds in (0.01, None, 0.01, 0.01)]
+
+    def operation(_: Peer) -> str:
+        if left:
+            raise left.pop()
+        return "well"
+
+    assert chooser.run(operation) == "well"
+    assert chooser.retries == 0
+    assert chooser.standings[0].failures == 0
+
+
+def test_another_server_is_asked_while_one_is_busy() -> None:
+    chooser = dispatcher("a", "b", max_retries=0)
+    ran, operation = failing(Overloaded("busy", status=503, problem="queue-full", retry_after=100.0), "a")
+    assert [chooser.run(operation) for _ in range(4)] == ["b"] * 4
+    assert ran == ["a", *"bbbb"]
+
+
+@pytest.mark.usefixtures("short_pauses")
+def test_a_server_that_stays_busy_is_an_error_in_the_end() -> None:
+    chooser = dispatcher("a", max_retries=1, timeout=0.2)
+    ran, operation = failing(Overloaded("busy", status=503, problem="queue-full"), "a")
+    with pytest.raises(Overloaded, match=r"busy \(gave up after 2 attempts, on a, a\)"):
+        chooser.run(operation)
+    assert len(ran) > 3
+
+
+RETRYABLE: list[tuple[EagleTargetError, bool, bool]] = [
+    (ConnectError("x"), True, False),
+    (TransferTimeout("x"), True, False),
+    (ProtocolError("x"), True, False),
+    (AdapterError("x"), True, False),
+    (ServerError("x", status=500), True, False),
+    (ServerError("x", status=408, problem="body-timeout"), True, False),
+    (Unavailable("x", status=502, problem="http"), True, False),
+    (Unavailable("x", status=503, problem="draining"), True, False),
+    (Unavailable("x", status=503, problem="loading"), True, True),
+    (Overloaded("x", status=503, problem="queue-full"), True, True),
+    (RequestTooLarge("x", status=413), False, False),
+    (ServerError("x", status=404, problem="not-found"), False, False),
+    (ServerError("x", status=409, problem="unknown-channel"), False, False),
+    (ContractError("x"), False, False),
+    (VocabMappingError("x"), False, False),
+    (ConfigError("x"), False, False),
+]
+
+
+@pytest.mark.parametrize(("error", "retryable", "busy"), RETRYABLE)
+def test_what_is_tried_again(error: EagleTargetError, retryable: bool, busy: bool) -> None:
+    assert (is_retryable(error), is_busy(error)) == (retryable, busy)
+    if not retryable:
+        chooser = dispatcher("a", "b")
+        ran, operation = failing(error, "a", "b")
+        with pytest.raises(type(error)) as caught:
+            chooser.run(operation)
+        assert caught.value is error
+        assert ran == ["a"]
+        assert chooser.standings[0].failures == 0
+
+
+def test_an_error_that_is_not_ours_passes_and_counts_nothing_as_outstanding() -> None:
+    chooser = dispatcher("a")
+
+    def operation(_: Peer) -> str:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        chooser.run(operation)
+    assert (chooser.standings[0].outstanding, chooser.standings[0].failures) == (0, 0)
+
+
+def test_stopping_wakes_whoever_waits_for_a_server() -> None:
+    chooser = dispatcher("a")
+    ran, operation = failing(Overloaded("busy", status=503, problem="queue-full", retry_after=1000.0), "a")
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(chooser.run, operation)
+        wait_until(lambda: ran)
+        started = time.monotonic()
+        chooser.stop()
+        error = waiting.exception(PATIENCE_SECONDS)
+    assert isinstance(error, Overloaded)
+    assert time.monotonic() - started < PATIENCE_SECONDS

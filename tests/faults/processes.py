@@ -1,0 +1,106 @@
+"""Servers in processes that start fast, so that a test can kill many; and what a process holds."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import multiprocessing
+import socket
+import threading
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from eagle_target.config import ServerConfig
+from eagle_target.server.serve import HttpServer
+from eagle_target.testing.tiny import EmbeddingRunner
+from tests.server.cases import PATIENCE_SECONDS, wait_until
+from tests.server.http import ask
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+# A target whose answers in encoding `logits` are larger than what sockets buffer.
+LARGE: dict[str, Any] = {"vocab_size": 20_000}
+
+# Forked from a process that has imported torch already, and runs no threads.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload([__name__])
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def _serve(settings: Mapping[str, Any], runner: Mapping[str, Any]) -> None:
+    HttpServer(ServerConfig(model="fault", **settings), lambda: EmbeddingRunner(**runner)).run()
+
+
+class ServerUnderFault:
+    """A server's process on a port that it keeps when it is started again."""
+
+    def __init__(self, runner: Mapping[str, Any] | None = None, **settings: Any) -> None:
+        self._runner = dict(runner or {})
+        self.port = free_port()
+        self._settings = {"port": self.port, **settings}
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self) -> None:
+        self.process = CONTEXT.Process(target=_serve, args=(self._settings, self._runner), daemon=True)
+        self.process.start()
+        wait_until(self.is_ready, "the server")
+
+    def is_ready(self) -> bool:
+        assert self.process.is_alive(), f"the server ended with {self.process.exitcode}"
+        with contextlib.suppress(OSError):
+            return ask(self.url, "GET", "/ready").status == 200
+        return False
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.process.kill()
+        self.process.join()
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+        self.process.terminate()
+
+    def join(self) -> int | None:
+        """Wait for its end and return the exit status."""
+        self.process.join(PATIENCE_SECONDS)
+        return self.process.exitcode
+
+    def rss(self) -> int:
+        return int(psutil.Process(self.process.pid).memory_info().rss)
+
+    def fds(self) -> int:
+        return int(psutil.Process(self.process.pid).num_fds())
+
+    def connections(self) -> int:
+        """TCP connections that clients have with it."""
+        held = psutil.Process(self.process.pid).net_connections("tcp")
+        return sum(connection.status != psutil.CONN_LISTEN for connection in held)
+
+
+@contextlib.contextmanager
+def faulty_server(runner: Mapping[str, Any] | None = None, **settings: Any) -> Iterator[ServerUnderFault]:
+    server = ServerUnderFault(runner, **settings)
+    try:
+        yield server
+    finally:
+        server.kill()
+        server.process.close()
+
+
+@contextlib.contextmanager
+def nothing_left_behind() -> Iterator[None]:
+    """At the end of the block this process has no more threads, sockets or files than at its start."""
+    gc.collect()
+    process = psutil.Process()
+    threads, fds = {*threading.enumerate()}, process.num_fds()
+    yield
+    gc.collect()
+    wait_until(lambda: {*threading.enumerate()} <= threads, f"the end of threads beyond {threads}")
+    wait_until(lambda: process.num_fds() <= fds, f"no more than {fds} open files")

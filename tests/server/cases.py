@@ -1,0 +1,108 @@
+"""Runners that wait or fail on demand, requests, and what their answers must be."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from eagle_target.rows import PackedTensors
+from eagle_target.supervision import SupervisionRequest, compute_supervision
+from eagle_target.testing.tiny import EmbeddingRunner, shuffled_mapping
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from eagle_target.projection import Encoding
+    from eagle_target.runner import DraftHead, TargetForward
+    from eagle_target.vocabulary import VocabMapping
+
+VOCAB_SIZE = 211
+POISON = 13
+PATIENCE_SECONDS = 30.0
+
+
+class TestRunner(EmbeddingRunner):
+    """A runner whose forwards wait for `gate`, and fail on token POISON.
+
+    Attributes:
+        entered: how many forwards began. threads: names of the threads that called it.
+    """
+
+    __test__ = False
+
+    def __init__(self, *, poison: type[BaseException] = RuntimeError, **options: Any) -> None:
+        super().__init__(**options)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = 0
+        self.threads: set[str] = set()
+        self._poison = poison
+
+    def forward_eagle3(self, input_ids: torch.Tensor, seq_lens: Sequence[int]) -> TargetForward:
+        self.threads.add(threading.current_thread().name)
+        self.entered += 1
+        assert self.gate.wait(PATIENCE_SECONDS), "the test never opened the gate"
+        if bool((input_ids == POISON).any()):
+            raise self._poison("a poisonous token")
+        return super().forward_eagle3(input_ids, seq_lens)
+
+    def input_embedding_weight(self) -> torch.Tensor:
+        self.threads.add(threading.current_thread().name)
+        return super().input_embedding_weight()
+
+    def draft_head(self, token_ids: torch.Tensor) -> DraftHead | None:
+        self.threads.add(threading.current_thread().name)
+        return super().draft_head(token_ids)
+
+
+def wait_until(holds: Callable[[], object], what: str = "it", seconds: float = PATIENCE_SECONDS) -> None:
+    """Poll until something holds."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, f"{what} did not come within {seconds:g} s"
+        time.sleep(0.005)
+
+
+def mapping_of(seed: int = 0, draft_vocab_size: int = 37) -> VocabMapping:
+    return shuffled_mapping(VOCAB_SIZE, draft_vocab_size, seed=seed)
+
+
+def request_of(
+    seq_lens: Sequence[int],
+    *,
+    seed: int = 0,
+    mapping: VocabMapping | None = None,
+    encoding: Encoding = "probs",
+    poisonous: bool = False,
+) -> SupervisionRequest:
+    """A request with random ids; about half of the rows are wanted."""
+    draw = torch.Generator().manual_seed(seed)
+    tokens = sum(seq_lens)
+    input_ids = torch.randint(POISON + 1, VOCAB_SIZE, (tokens,), generator=draw)
+    if poisonous:
+        input_ids[-1] = POISON
+    return SupervisionRequest(
+        input_ids=input_ids,
+        seq_lens=tuple(seq_lens),
+        row_mask=torch.rand(tokens, generator=draw) < 0.5,
+        encoding=encoding,
+        mapping=mapping_of() if mapping is None else mapping,
+    )
+
+
+def expected_of(request: SupervisionRequest) -> PackedTensors:
+    """The answer, made without a server."""
+    tensors = PackedTensors()
+    compute_supervision(EmbeddingRunner(), request, tensors)
+    return tensors
+
+
+def assert_same_tensors(given: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Same names, and the same bits."""
+    assert sorted(given) == sorted(expected)
+    for name, tensor in expected.items():
+        assert given[name].dtype == tensor.dtype
+        assert torch.equal(given[name], tensor), name
