@@ -8,6 +8,7 @@ EagleTargetError
 │   ├── AdapterError       an engine failed or cannot do what was asked
 │   └── TransportError     tensors could not be moved
 │       ├── ConnectError       no connection to a server
+│       │   └── TransportRefused   the server is there, but no transport asked for works with it
 │       ├── TransferTimeout    a transfer passed its deadline
 │       └── ProtocolError      a peer sent something that is not the protocol
 └── ServerError            a server answered with a problem
@@ -49,6 +50,10 @@ class TransportError(PluginError):
 
 class ConnectError(TransportError):
     """No connection to a server."""
+
+
+class TransportRefused(ConnectError):
+    """The server is there, but no transport that was asked for works with it."""
 
 
 class TransferTimeout(TransportError):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from eagle_target.errors import AdapterError, ConfigError, EagleTargetError
 from eagle_target.options import build_model
-from eagle_target.plugins import load_plugins
+from eagle_target.plugins import load_plugins, unusable_reason
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ def load_runner(engine: str, model: str, options: Mapping[str, Any]) -> TargetRu
     """
     adapter = load_plugins().adapters.get(engine)
     checked = build_model(adapter.options_model, options, f"options of engine {engine!r}")
-    reason = adapter.unusable_reason()
+    reason = unusable_reason(adapter)
     if reason is not None:
         raise AdapterError(reason)
     try:

@@ -7,10 +7,10 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from eagle_target.errors import ConnectError, ContractError, TransferTimeout, Unavailable
+from eagle_target.errors import ConnectError, ContractError, TransferTimeout, TransportRefused, Unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from eagle_target.client.peer import Peer
 
@@ -28,33 +28,57 @@ def wait_for_handshakes(peers: Sequence[Peer], ready_timeout: float) -> None:
 
     Raises:
         ConnectError: a server is not ready in time, with the last reason, or it failed to load.
+        TransportRefused: a server is ready, but no transport asked for works with it.
     """
-    started = reported = time.monotonic()
-    waiting = list(peers)
-    with_line = sys.stderr.isatty()
+    started = time.monotonic()
+    report = _Report(started)
+    waiting = dict.fromkeys(peers, "")
     while waiting:
-        reasons: dict[str, str] = {}
-        for peer in list(waiting):
-            try:
-                peer.shake_hands()
-                waiting.remove(peer)
-            except (ConnectError, TransferTimeout, Unavailable) as error:
-                if isinstance(error, Unavailable) and error.problem in HOPELESS_PROBLEMS:
-                    raise ConnectError(f"cannot use {peer.url}: {error}") from error
-                reasons[peer.url] = str(error)
-        waited = time.monotonic() - started
-        if waiting and waited >= ready_timeout:
-            raise ConnectError(f"not ready after {ready_timeout:g} s: " + "; ".join(reasons.values()))
+        asked = {peer: _reason_to_wait(peer) for peer in waiting}
+        waiting = {peer: reason for peer, reason in asked.items() if reason is not None}
+        if waiting and time.monotonic() - started >= ready_timeout:
+            raise ConnectError(f"not ready after {ready_timeout:g} s: " + "; ".join(waiting.values()))
         if waiting:
-            if with_line:
-                sys.stderr.write(f"\r\033[Kwaiting for {', '.join(reasons)} ({waited:.0f} s)")
-                sys.stderr.flush()
-            elif time.monotonic() - reported >= REPORT_SECONDS:
-                reported = time.monotonic()
-                logger.info("waiting for %s", "; ".join(reasons.values()))
+            report.show(waiting)
             time.sleep(min(POLL_SECONDS, ready_timeout))
-    if with_line:
-        sys.stderr.write("\r\033[K")
+    report.clear()
+
+
+def _reason_to_wait(peer: Peer) -> str | None:
+    """Shake hands; why that has to be tried again, or None when it is done."""
+    try:
+        peer.shake_hands()
+    except TransportRefused:
+        raise
+    except (ConnectError, TransferTimeout, Unavailable) as error:
+        if isinstance(error, Unavailable) and error.problem in HOPELESS_PROBLEMS:
+            raise ConnectError(f"cannot use {peer.url}: {error}") from error
+        return str(error)
+    return None
+
+
+class _Report:
+    """Says what is waited for: on a terminal in one line, elsewhere in the log."""
+
+    def __init__(self, started: float) -> None:
+        self._started = self._logged = started
+        self._with_line = sys.stderr.isatty()
+
+    def show(self, waiting: Mapping[Peer, str]) -> None:
+        """Tell who is waited for, and in the log why."""
+        now = time.monotonic()
+        if self._with_line:
+            names = ", ".join(peer.url for peer in waiting)
+            sys.stderr.write(f"\r\033[Kwaiting for {names} ({now - self._started:.0f} s)")
+            sys.stderr.flush()
+        elif now - self._logged >= REPORT_SECONDS:
+            self._logged = now
+            logger.info("waiting for %s", "; ".join(waiting.values()))
+
+    def clear(self) -> None:
+        """Wipe the line."""
+        if self._with_line:
+            sys.stderr.write("\r\033[K")
 
 
 def check_agreement(peers: Sequence[Peer], encoding: str) -> None:

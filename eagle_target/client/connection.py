@@ -40,13 +40,17 @@ class ServerConnection:
     """
 
     def __init__(self, url: str, *, timeout: float, max_connections: int) -> None:
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+            port = parts.port or 80
+        except ValueError as error:
+            raise ConfigError(f"{url!r} is not the URL of a server: {error}: http://host:port is expected") from error
         if parts.scheme != "http" or not parts.hostname or parts.path.strip("/") or parts.query:
             raise ConfigError(f"{url!r} is not the URL of a server: http://host:port is expected")
         self.url = f"http://{parts.netloc}"
         self._timeout = timeout
         self._sockets = OpenSockets()
-        self._pool = HTTPConnectionPool(parts.hostname, parts.port or 80, maxsize=max_connections, block=False)
+        self._pool = HTTPConnectionPool(parts.hostname, port, maxsize=max_connections, block=False)
         self._pool.ConnectionCls = _tracked(self._sockets)
 
     def request(

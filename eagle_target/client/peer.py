@@ -8,8 +8,16 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from eagle_target import protocol
-from eagle_target.errors import ConnectError, EagleTargetError, ProtocolError, RequestTooLarge, ServerError
+from eagle_target.errors import (
+    ConnectError,
+    EagleTargetError,
+    ProtocolError,
+    RequestTooLarge,
+    ServerError,
+    TransportRefused,
+)
 from eagle_target.options import build_model
+from eagle_target.plugins import unusable_reason
 from eagle_target.rows import PackedTensors
 from eagle_target.runner import DraftHead
 from eagle_target.tensor_format import encode_tensors
@@ -238,7 +246,7 @@ class Peer:
         self.refused = {}
         for transport in self._candidates(offers, auto=auto):
             reason = None if transport.name in offers else f"{self.url} does not offer it"
-            reason = reason or transport.unusable_reason()
+            reason = reason or unusable_reason(transport)
             if reason is None:
                 options = self._transport_options.get(transport.name, {})
                 checked = build_model(transport.options_model, options, f"options of transport {transport.name!r}")
@@ -254,7 +262,7 @@ class Peer:
                     break
             self.refused[transport.name] = reason
         if self._channel is None:
-            raise ConnectError(f"no transport to {self.url} works: {self.refused}, it offers {sorted(offers)}")
+            raise TransportRefused(f"no transport to {self.url} works: {self.refused}, it offers {sorted(offers)}")
         if self.refused:
             level = logging.INFO if auto else logging.WARNING
             logger.log(level, "%s: using transport %r; %s", self.url, self.transport, self.refused)

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
     from eagle_target.config import ServerConfig
     from eagle_target.server.channels import Channels
-    from eagle_target.server.engine import Supervised, TargetModelServer
+    from eagle_target.server.engine import TargetModelServer
+    from eagle_target.server.jobs import Supervised
     from eagle_target.vocabulary import VocabMapping
 
 MAX_HELLO_BYTES = 1 << 16

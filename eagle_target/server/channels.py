@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from eagle_target.errors import ConfigError, ServerError, TransportError
 from eagle_target.options import build_model
+from eagle_target.plugins import unusable_reason
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -127,11 +128,11 @@ class Channels:
 
 def _choose_transports(plugins: Plugins, names: Sequence[str]) -> list[type[Transport]]:
     if list(names) == ["auto"]:
-        usable = [origin.plugin for origin in plugins.transports if origin.plugin.unusable_reason() is None]
+        usable = [origin.plugin for origin in plugins.transports if unusable_reason(origin.plugin) is None]
         return sorted(usable, key=lambda transport: -transport.rank)
     chosen = [plugins.transports.get(name) for name in names]
     for transport in chosen:
-        reason = transport.unusable_reason()
+        reason = unusable_reason(transport)
         if reason is not None:
             raise TransportError(f"transport {transport.name!r} cannot work here: {reason}")
     return chosen

@@ -1,35 +1,25 @@
-"""The server without HTTP: a bounded queue, one thread that owns the engine, and a batcher."""
+"""The server without HTTP: its state, and the one thread that owns the engine."""
 
 from __future__ import annotations
 
 import logging
 import threading
-import time
-import traceback
-from collections import OrderedDict, deque
-from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from eagle_target.errors import (
-    AdapterError,
-    ContractError,
-    EagleTargetError,
-    Overloaded,
-    Unavailable,
-    VocabMappingError,
-)
+from eagle_target.errors import ContractError, EagleTargetError, Unavailable
 from eagle_target.info import ServedTarget
 from eagle_target.layers import validate_aux_layer_ids
-from eagle_target.rows import PackedTensors
-from eagle_target.supervision import check_forward, split_forward, store_supervision
+from eagle_target.server.forwards import answer_jobs
+from eagle_target.server.jobs import RETRY_SECONDS, Call, Job, JobQueue, Supervised
+from eagle_target.server.mappings import MappingStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from concurrent.futures import Future
 
-    from eagle_target.runner import DraftHead, TargetForward, TargetRunner
+    from eagle_target.runner import DraftHead, TargetRunner
     from eagle_target.supervision import SupervisionRequest
     from eagle_target.vocabulary import VocabMapping
 
@@ -37,31 +27,6 @@ logger = logging.getLogger(__name__)
 
 State = Literal["loading", "ready", "degraded", "draining", "failed", "closed"]
 SERVING_STATES = ("ready", "degraded")
-
-
-@dataclass(frozen=True, slots=True)
-class Supervised:
-    """One request's supervision, packed, and where its time went, in seconds."""
-
-    tensors: PackedTensors
-    timings: dict[str, float]
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    """A request that waits for the engine."""
-
-    request: SupervisionRequest
-    future: Future[Supervised] = field(default_factory=Future)
-    queued_at: float = field(default_factory=time.perf_counter)
-
-
-@dataclass(slots=True, eq=False)
-class Call:
-    """Something else that only the engine's thread may do."""
-
-    function: Callable[[TargetRunner], Any]
-    future: Future[Any] = field(default_factory=Future)
 
 
 class TargetModelServer:
@@ -86,12 +51,9 @@ class TargetModelServer:
     ) -> None:
         self._load = load
         self._aux_layer_ids = aux_layer_ids
-        self._max_batch_tokens = max_batch_tokens
-        self._max_queue = max_queue
-        self._max_mappings = max_mappings
-        self._mappings: OrderedDict[str, VocabMapping] = OrderedDict()
-        self._jobs: deque[Job | Call] = deque()
-        self._changed = threading.Condition()
+        self._queue = JobQueue(max_waiting=max_queue, max_batch_tokens=max_batch_tokens)
+        self._mappings = MappingStore(max_mappings)
+        self._changing = threading.Lock()
         self._runner: TargetRunner | None = None
         self._served: ServedTarget | None = None
         self._has_draft_head = False
@@ -111,7 +73,7 @@ class TargetModelServer:
             Unavailable: the target is not loaded.
         """
         if self._served is None:
-            raise Unavailable(self._not_serving(), status=503, problem=self.state, retry_after=1.0)
+            raise Unavailable(self._not_serving(), status=503, problem=self.state, retry_after=RETRY_SECONDS)
         return self._served
 
     @property
@@ -122,7 +84,7 @@ class TargetModelServer:
     @property
     def waiting(self) -> int:
         """Requests in the queue."""
-        return len(self._jobs)
+        return len(self._queue)
 
     def submit(self, request: SupervisionRequest) -> Future[Supervised]:
         """Queue a request; cancel the future to give it up.
@@ -148,11 +110,7 @@ class TargetModelServer:
             VocabMappingError: it is for another vocabulary.
         """
         mapping.check_target(self.served.info.vocab_size)
-        with self._changed:
-            self._mappings[mapping.sha256] = mapping
-            self._mappings.move_to_end(mapping.sha256)
-            while len(self._mappings) > self._max_mappings:
-                self._mappings.popitem(last=False)
+        self._mappings.add(mapping)
 
     def find_mapping(self, sha256: str) -> VocabMapping:
         """Return the mapping of a hash.
@@ -160,13 +118,7 @@ class TargetModelServer:
         Raises:
             VocabMappingError: it is not here; upload it.
         """
-        with self._changed:
-            if sha256 not in self._mappings:
-                raise VocabMappingError(
-                    f"this server has no vocabulary mapping {sha256[:64]!r}: PUT it to /v1/vocab-mappings/{{sha256}}"
-                )
-            self._mappings.move_to_end(sha256)
-            return self._mappings[sha256]
+        return self._mappings.find(sha256)
 
     def input_embedding_weight(self) -> Future[torch.Tensor]:
         """The input embedding `[vocab, hidden]`."""
@@ -178,17 +130,15 @@ class TargetModelServer:
 
     def drain(self) -> None:
         """Take no more requests; what is queued is still answered."""
-        with self._changed:
+        with self._changing:
             if self.state in SERVING_STATES or self.state == "loading":
                 self.state = "draining"
 
     def close(self, timeout: float = 30.0) -> None:
         """Give up what is queued, stop the thread and release the engine. Safe to call twice."""
-        with self._changed:
+        with self._changing:
             self.state = "closed"
-            jobs, self._jobs = list(self._jobs), deque()
-            self._changed.notify_all()
-        _refuse(jobs, Unavailable("the server is closed", status=503, problem="closed"))
+        self._queue.close(Unavailable("the server is closed", status=503, problem="closed"))
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(timeout)
 
@@ -198,31 +148,17 @@ class TargetModelServer:
         return call.future
 
     def _put(self, work: Job | Call) -> None:
-        with self._changed:
-            self._check_serving()
-            if len(self._jobs) >= self._max_queue:
-                self._jobs = deque(job for job in self._jobs if not job.future.cancelled())
-            if len(self._jobs) >= self._max_queue:
-                raise Overloaded(
-                    f"{len(self._jobs)} requests wait, the queue holds {self._max_queue}: try again, or another server",
-                    status=503,
-                    problem="queue-full",
-                    retry_after=1.0,
-                )
-            self._jobs.append(work)
-            self._changed.notify_all()
-
-    def _check_serving(self) -> None:
         if self.state not in SERVING_STATES:
-            raise Unavailable(self._not_serving(), status=503, problem=self.state, retry_after=1.0)
+            raise Unavailable(self._not_serving(), status=503, problem=self.state, retry_after=RETRY_SECONDS)
+        self._queue.put(work)
 
     def _not_serving(self) -> str:
         return f"the server is {self.state}" + (f": {self.failure}" if self.failure else "")
 
     def _run(self) -> None:
         try:
-            self._load_target()
-            while self._work():
+            runner = self._load_target()
+            while self._work(runner):
                 pass
         # Whatever it was, SystemExit of an engine included: a thread that is gone must not look like one that loads.
         except BaseException as error:  # noqa: BLE001
@@ -236,143 +172,55 @@ class TargetModelServer:
         logger.error(
             "the engine stopped: %s: %s", type(error).__name__, error, exc_info=error if with_traceback else None
         )
-        with self._changed:
+        with self._changing:
             self.failure = str(error) or type(error).__name__
             if self.state != "closed":
                 self.state = "failed"
-            jobs, self._jobs = list(self._jobs), deque()
-        _refuse(jobs, Unavailable(self._not_serving(), status=503, problem=self.state))
+        self._queue.close(Unavailable(self._not_serving(), status=503, problem=self.state))
 
-    def _load_target(self) -> None:
+    def _load_target(self) -> TargetRunner:
         runner = self._load()
         self._runner = runner
         aux_layer_ids = validate_aux_layer_ids(self._aux_layer_ids, runner.info.num_layers)
         runner.set_aux_layers(aux_layer_ids)
         self._has_draft_head = runner.draft_head(torch.tensor([0])) is not None
-        with self._changed:
+        with self._changing:
             self._served = ServedTarget(info=runner.info, aux_layer_ids=aux_layer_ids)
             if self.state == "loading":
                 self.state = "ready"
+        return runner
 
-    def _work(self) -> bool:
+    def _work(self, runner: TargetRunner) -> bool:
         """Answer what comes next; False when closed. Keeps no answer alive while it waits."""
-        work = self._take()
+        work = self._queue.take()
         if isinstance(work, Call):
-            self._answer_call(work)
+            _answer_call(runner, work)
         elif work is not None:
-            self._answer(work)
+            self._answer(runner, [job for job in work if job.future.set_running_or_notify_cancel()])
         return work is not None
 
-    def _take(self) -> list[Job] | Call | None:
-        """Wait for work: requests in order as long as they fit one forward; None when closed."""
-        with self._changed:
-            while not self._jobs:
-                if self.state == "closed":
-                    return None
-                self._changed.wait()
-            first = self._jobs.popleft()
-            if isinstance(first, Call):
-                return first
-            jobs, tokens = [first], first.request.tokens
-            while self._jobs and isinstance(follower := self._jobs[0], Job):
-                if not follower.future.cancelled():
-                    tokens += follower.request.tokens
-                    if tokens > self._max_batch_tokens:
-                        break
-                    jobs.append(follower)
-                self._jobs.popleft()
-            return jobs
-
-    def _answer_call(self, call: Call) -> None:
-        if self._runner is None or not call.future.set_running_or_notify_cancel():
+    def _answer(self, runner: TargetRunner, jobs: list[Job]) -> None:
+        if not jobs:
             return
         try:
-            with torch.no_grad():
-                call.future.set_result(call.function(self._runner))
-        except Exception as error:  # noqa: BLE001 - handed to whoever waits for it
-            call.future.set_exception(error)
-
-    def _answer(self, jobs: list[Job]) -> None:
-        jobs = [job for job in jobs if job.future.set_running_or_notify_cancel()]
-        if not jobs or self._runner is None:
-            return
-        try:
-            self._supervise(self._runner, jobs)
-        except Exception as error:  # noqa: BLE001 - handed to whoever waits for it
-            self._fail(jobs, error)
+            failure = answer_jobs(runner, jobs)
         finally:
             # Only what ends this thread leaves some without an answer.
             stopped = Unavailable("the engine stopped on this request", status=503, problem="failed")
             for job in jobs:
                 if not job.future.done():
                     job.future.set_exception(stopped)
+        with self._changing:
+            if self.state in SERVING_STATES:
+                self.state = "ready" if failure is None else "degraded"
+                self.failure = None if failure is None else f"{type(failure).__name__}: {failure}"
 
-    def _supervise(self, runner: TargetRunner, jobs: list[Job]) -> None:
-        started = time.perf_counter()
+
+def _answer_call(runner: TargetRunner, call: Call) -> None:
+    if not call.future.set_running_or_notify_cancel():
+        return
+    try:
         with torch.no_grad():
-            forwards = self._forward(runner, [job.request for job in jobs])
-            forward_seconds = time.perf_counter() - started
-            for job, forward in zip(jobs, forwards, strict=True):
-                projecting = time.perf_counter()
-                tensors = PackedTensors()
-                store_supervision(runner, job.request, forward, tensors)
-                timings = {
-                    "queue": started - job.queued_at,
-                    "forward": forward_seconds,
-                    "projection": time.perf_counter() - projecting,
-                }
-                job.future.set_result(Supervised(tensors, timings))
-        with self._changed:
-            if self.state == "degraded":
-                self.state, self.failure = "ready", None
-
-    def _forward(self, runner: TargetRunner, requests: list[SupervisionRequest]) -> list[TargetForward]:
-        device = torch.device(runner.info.device)
-        counts = [request.tokens for request in requests]
-        input_ids = torch.cat([request.input_ids for request in requests]).to(device)
-        seq_lens = [length for request in requests for length in request.seq_lens]
-        forward = runner.forward_eagle3(input_ids, seq_lens)
-        check_forward(forward, sum(counts), runner.info)
-        return split_forward(forward, counts)
-
-    def _fail(self, jobs: list[Job], error: Exception) -> None:
-        """Answer each request by itself when a joined forward failed, so that one cannot fail the others."""
-        waiting = [job for job in jobs if not job.future.done()]
-        if len(jobs) > 1:
-            _release_frames(error)
-            for job in waiting:
-                self._answer_alone(job)
-            return
-        logger.error("a forward failed: %s: %s", type(error).__name__, error, exc_info=error)
-        _release_frames(error)
-        with self._changed:
-            if self.state == "ready":
-                self.state, self.failure = "degraded", f"{type(error).__name__}: {error}"
-        for job in waiting:
-            job.future.set_exception(error if isinstance(error, AdapterError | ContractError) else _engine_error(error))
-
-    def _answer_alone(self, job: Job) -> None:
-        try:
-            if self._runner is not None:
-                self._supervise(self._runner, [job])
-        except Exception as error:  # noqa: BLE001 - handed to whoever waits for it
-            self._fail([job], error)
-
-
-def _release_frames(error: BaseException | None) -> None:
-    """Let go of a failed forward's tensors, which the error's frames would hold for as long as it is kept."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
-
-
-def _refuse(jobs: Sequence[Job | Call], error: Unavailable) -> None:
-    for job in jobs:
-        if job.future.set_running_or_notify_cancel():
-            job.future.set_exception(error)
-
-
-def _engine_error(error: Exception) -> AdapterError:
-    failure = AdapterError(f"the engine failed: {type(error).__name__}: {error}")
-    failure.__cause__ = error
-    return failure
+            call.future.set_result(call.function(runner))
+    except Exception as error:  # noqa: BLE001 - handed to whoever waits for it
+        call.future.set_exception(error)

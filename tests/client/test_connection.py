@@ -47,7 +47,18 @@ def connected(url: str, timeout: float = 30.0) -> Iterator[ServerConnection]:
 
 
 @pytest.mark.parametrize(
-    "url", ["", "gpu-7:8001", "https://gpu-7:8001", "http://", "http://gpu-7:8001/v1", "http://gpu-7:8001?x=1"]
+    "url",
+    [
+        "",
+        "gpu-7:8001",
+        "https://gpu-7:8001",
+        "http://",
+        "http://gpu-7:8001/v1",
+        "http://gpu-7:8001?x=1",
+        "http://h:99999",
+        "http://h:abc",
+        "http://[::1",
+    ],
 )
 def test_what_is_no_url_of_a_server_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="http://host:port is expected"):

@@ -243,7 +243,7 @@ def test_transports_by_name_in_order_and_unknown_ones(server: HttpServer) -> Non
             assert described["transport"] == "wire"
             assert described["transports_refused"] == {"inprocess": f"{wired.url} does not offer it"}
         with pytest.raises(ConnectError, match=r"no transport to .* works: \{'inprocess': .*does not offer it"):
-            RemoteEagle3TargetModel.from_urls([wired.url], transport="inprocess", ready_timeout=0)
+            RemoteEagle3TargetModel.from_urls([wired.url], transport="inprocess", ready_timeout=60)
     with pytest.raises(PluginError, match="pigeon"):
         RemoteEagle3TargetModel.from_urls([server.url], transport="wire,pigeon")
 

@@ -326,9 +326,9 @@ def test_supervision_nobody_asked_for_is_refused() -> None:
         assembler.put("aux_hidden_states", torch.zeros(7, 48))
     with pytest.raises(ProtocolError, match=r"target_top_ids \[\]"):
         assembler.put("target_top_ids", torch.tensor(1))
-    with pytest.raises(ProtocolError, match="target_top_ids .* of torch.int64, not .* of torch.int32"):
+    with pytest.raises(ProtocolError, match=r"target_top_ids .* of torch.int64, not .* of torch.int32"):
         assembler.put("target_top_ids", torch.zeros(5, dtype=torch.int64))
-    with pytest.raises(ProtocolError, match="stranger .* once too often"):
+    with pytest.raises(ProtocolError, match=r"stranger .* once too often"):
         assembler.allocate("stranger", (0, 1 << 40), torch.float32)
 
 

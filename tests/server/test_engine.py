@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from eagle_target.runner import TargetRunner
-    from eagle_target.server.engine import Supervised
+    from eagle_target.server.jobs import Supervised
 
 ENGINE_THREAD = "eagle-target-engine"
 
