@@ -38,6 +38,7 @@ lint: $(READY)
 	$(BIN)/ruff check $(CHECKED)
 	$(BIN)/ruff format --check $(CHECKED)
 	$(BIN)/mypy
+	cd adapters/hf && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml tests
 	$(BIN)/python docs/build_reference.py --check
 
 docs: $(READY)

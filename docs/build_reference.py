@@ -31,8 +31,8 @@ Settings come from three places; the later wins:
    `EAGLE_TARGET_ENGINE_OPTIONS__DTYPE=bfloat16`;
 3. flags: `--port 9000`, `-o dtype=bfloat16` for the engine, `-t wire.key=value` for a transport.
 
-Values of variables and flags are read as JSON where they are JSON, else as text. An unknown key is an error that suggests the nearest name. `--print-config` shows what comes
-out, as a file that could be read back.
+Values of variables and flags are read as JSON where they are JSON, else as text. An unknown key is an error that
+suggests the nearest name. `--print-config` shows what comes out, as a file that could be read back.
 
 """
 
