@@ -57,6 +57,7 @@ class TargetModelServer:
         self._runner: TargetRunner | None = None
         self._served: ServedTarget | None = None
         self._has_draft_head = False
+        self.running = 0
         self.state: State = "loading"
         self.failure: str | None = None
         self._thread = threading.Thread(target=self._run, name="eagle-target-engine", daemon=True)
@@ -202,9 +203,11 @@ class TargetModelServer:
     def _answer(self, runner: TargetRunner, jobs: list[Job]) -> None:
         if not jobs:
             return
+        self.running = len(jobs)
         try:
             failure = answer_jobs(runner, jobs)
         finally:
+            self.running = 0
             # Only what ends this thread leaves some without an answer.
             stopped = Unavailable("the engine stopped on this request", status=503, problem="failed")
             for job in jobs:

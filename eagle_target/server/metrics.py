@@ -39,6 +39,8 @@ class Metrics:
         )
         waiting = Gauge("eagle_target_queue_requests", "Requests that wait for the engine.", registry=self._registry)
         waiting.set_function(lambda: server.waiting)
+        running = Gauge("eagle_target_engine_requests", "Requests in the forward that runs.", registry=self._registry)
+        running.set_function(lambda: server.running)
 
     def count_status(self, status: int) -> None:
         """Count one answered supervision request."""

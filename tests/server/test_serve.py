@@ -57,11 +57,14 @@ def supervise(url: str) -> Answer:
     return ask(url, "POST", protocol.SUPERVISION, body_of(request_of([4])))
 
 
-def waiting_requests(url: str) -> float:
+def running_and_waiting(url: str) -> tuple[float, float]:
     text = ask(url, "GET", protocol.METRICS).body.decode()
-    found = re.search(r"^eagle_target_queue_requests (\S+)$", text, re.MULTILINE)
-    assert found
-    return float(found[1])
+    running, waiting = (
+        re.search(rf"^eagle_target_{name}_requests (\S+)$", text, re.MULTILINE) for name in ("engine", "queue")
+    )
+    assert running
+    assert waiting
+    return float(running[1]), float(waiting[1])
 
 
 def is_draining(url: str) -> bool:
@@ -76,7 +79,7 @@ def test_sigterm_answers_what_is_under_way_and_refuses_what_comes() -> None:
     ):
         put_mapping(server.url, mapping_of())
         under_way = [pool.submit(supervise, server.url) for _ in range(2)]
-        wait_until(lambda: waiting_requests(server.url) == 1)
+        wait_until(lambda: running_and_waiting(server.url) == (1, 1))
         server.terminate()
         wait_until(lambda: is_draining(server.url))
         assert_problem(supervise(server.url), 503, "draining", "is draining", retry_after="1")
@@ -94,7 +97,7 @@ def test_a_drain_that_takes_too_long_is_cut_short(patience: str) -> None:
     ):
         put_mapping(server.url, mapping_of())
         stuck = [pool.submit(supervise, server.url) for _ in range(2)]
-        wait_until(lambda: waiting_requests(server.url) == 1)
+        wait_until(lambda: running_and_waiting(server.url) == (1, 1))
         server.terminate()
         if patience == "a second signal":
             wait_until(lambda: is_draining(server.url))
