@@ -8,21 +8,26 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+VLLM := .venv-vllm
+SGLANG := .venv-sglang
+OLD_SGLANG := .venv-sglang-0.5.9
 PIP_INDEX := $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
-CHECKED := eagle_target transports adapters/hf tests benchmarks examples docs
+CHECKED := eagle_target transports adapters tests benchmarks examples docs
 
-.PHONY: help env demo test test-core lint docs bench-wire bench-projection clean
+.PHONY: help env demo test test-core test-vllm test-sglang test-engines lint docs bench-wire bench-projection bench-vllm \
+	bench-sglang clean
 
 help:
 	@sed -n 's/^# //p' Makefile
-	@echo "targets: env demo test test-core lint docs bench-wire bench-projection clean"
+	@echo "targets: env demo test test-core test-vllm test-sglang test-engines lint docs bench-wire bench-projection"
+	@echo "         bench-vllm bench-sglang clean"
 
 env: $(READY)
 
-$(READY): pyproject.toml adapters/hf/pyproject.toml constraints.txt requirements-dev.txt
+$(READY): pyproject.toml $(wildcard adapters/*/pyproject.toml) constraints.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q $(PIP_INDEX) -c constraints.txt -r requirements-dev.txt \
-		-e ".[vocab,testing]" -e "adapters/hf[device-map]"
+		-e ".[vocab,testing]" -e "adapters/hf[device-map]" -e adapters/sglang -e adapters/vllm
 	touch $@
 
 demo: $(READY)
@@ -30,15 +35,40 @@ demo: $(READY)
 
 test: lint
 	$(BIN)/python -m pytest
+	$(MAKE) test-vllm test-sglang test-engines
 
 test-core: $(READY)
 	$(BIN)/python -m pytest tests/core tests/vocab tests/test_tensor_format.py tests/test_config.py tests/test_plugins.py
+
+$(VLLM)/.ready: $(READY) $(wildcard adapters/vllm/environment/*)
+	PATH="$(CURDIR)/$(BIN):$$PATH" sh adapters/vllm/environment/make.sh $(VLLM)
+
+$(SGLANG)/.ready: $(READY) $(wildcard adapters/sglang/tests/environment/*.*)
+	$(BIN)/python adapters/sglang/tests/environment/make.py 0.5.23 $(SGLANG)
+	touch $@
+
+$(OLD_SGLANG)/.ready: $(READY) $(wildcard adapters/sglang/tests/environment/*.*)
+	$(BIN)/python adapters/sglang/tests/environment/make.py 0.5.9 $(OLD_SGLANG)
+	touch $@
+
+test-vllm: $(VLLM)/.ready
+	VLLM_LOGGING_LEVEL=ERROR $(VLLM)/bin/python -m pytest -c adapters/vllm/environment/pytest.ini --rootdir . \
+		adapters/vllm/tests
+
+test-sglang: $(SGLANG)/.ready $(OLD_SGLANG)/.ready
+	$(SGLANG)/bin/python -m pytest adapters/sglang/tests -m "not gpu"
+	$(OLD_SGLANG)/bin/python -m pytest adapters/sglang/tests/test_parity.py adapters/sglang/tests/test_engine.py \
+		-m "engine_sglang and not gpu"
+
+test-engines: $(READY) $(VLLM)/.ready $(SGLANG)/.ready
+	$(BIN)/python -m pytest tests/engines -m "engine_vllm and engine_sglang"
 
 lint: $(READY)
 	$(BIN)/ruff check $(CHECKED)
 	$(BIN)/ruff format --check $(CHECKED)
 	$(BIN)/mypy
-	cd adapters/hf && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml tests
+	for adapter in hf sglang vllm; do \
+		(cd adapters/$$adapter && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml tests) || exit 1; done
 	$(BIN)/python docs/build_reference.py --check
 
 docs: $(READY)
@@ -50,5 +80,11 @@ bench-wire: $(READY)
 bench-projection: $(READY)
 	$(BIN)/python benchmarks/projection.py
 
+bench-vllm: $(VLLM)/.ready
+	$(BIN)/python -m benchmarks.vllm_prefill
+
+bench-sglang: $(SGLANG)/.ready
+	$(BIN)/python -m benchmarks.sglang_extend
+
 clean:
-	rm -rf $(VENV) .bench .demo .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(VLLM) $(SGLANG) $(OLD_SGLANG) .bench .demo .mypy_cache .ruff_cache .pytest_cache

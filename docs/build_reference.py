@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 PAGE = Path(__file__).with_name("configuration.md")
-BUILT_IN = ("eagle-target", "eagle-target-hf")
+BUILT_IN = ("eagle-target", "eagle-target-hf", "eagle-target-sglang", "eagle-target-vllm")
 HEAD = """\
 # Configuration
 

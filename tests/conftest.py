@@ -17,6 +17,19 @@ pytest_plugins = ["eagle_target.testing.fixtures"]
 collect_ignore = ["thirdparty"]
 
 
+# Run only when asked for by mark, and then they fail, rather than skip, where they cannot run.
+OPTIONAL_MARKS = ("engine_vllm", "engine_sglang", "gpu")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what needs an engine or a device, unless a mark is asked for."""
+    if config.option.markexpr:
+        return
+    optional = [item for item in items if any(mark in item.keywords for mark in OPTIONAL_MARKS)]
+    config.hook.pytest_deselected(items=optional)
+    items[:] = [item for item in items if item not in optional]
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
     """Keep tiny matrices on one thread, here and in processes that tests start: they are slower on several."""

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from eagle_target.errors import PluginError
-from eagle_target.plugins import load_plugins, unusable_reason
+from eagle_target.plugins import Plugins, load_plugins, unusable_reason
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from eagle_target.plugins import Plugins
 
 ADAPTER = """
 from eagle_target.adapters import Adapter
@@ -236,4 +235,4 @@ def test_a_name_like_no_other_gets_the_list() -> None:
 
 def test_one_of_ours_that_is_not_installed_says_how_to_install_it() -> None:
     with pytest.raises(PluginError, match="adapter 'vllm' is not installed: pip install eagle-target-vllm"):
-        load_plugins().adapters.get("vllm")
+        Plugins().adapters.get("vllm")

@@ -75,18 +75,23 @@ def loopback_server(
 
 @contextlib.contextmanager
 def server_process(
-    arguments: Sequence[str], *, environment: Mapping[str, str] | None = None, ready_timeout: float = 120.0
+    arguments: Sequence[str],
+    *,
+    python: str = sys.executable,
+    environment: Mapping[str, str] | None = None,
+    ready_timeout: float = 120.0,
 ) -> Iterator[ServerProcess]:
     """Run `eagle-target serve ARGUMENTS` on a free port until the end of the block; ready when it starts.
 
     Args:
-        arguments: flags after `serve`; the port's are added. environment: variables over this process's own.
+        arguments: flags after `serve`; the port's are added. python: interpreter of the engine's environment.
+        environment: variables over this process's own.
         ready_timeout: seconds it may take to load.
 
     Raises:
         ServerNotReady: it ended or was not ready in time.
     """
-    command = [sys.executable, "-m", "eagle_target", "serve", *arguments, "--port", "0"]
+    command = [python, "-m", "eagle_target", "serve", *arguments, "--port", "0"]
     with _running(lambda port_file: [*command, "--port-file", str(port_file)], environment, ready_timeout) as running:
         yield running
 

@@ -55,7 +55,7 @@ def test_flags_win_over_the_environment_and_that_over_the_file(eagle_target: Com
     [
         ([], "'model' is required"),
         (["--model", "m", "--engine", "nope"], "there is no adapter 'nope'"),
-        (["--model", "m", "--engine", "vllm"], "pip install eagle-target-vllm"),
+        (["--model", "m", "--engine", "vllm"], "vllm is not installed: pip install"),
         (["--model", "m", "-o", "dtyp=float32"], "unknown option 'dtyp', did you mean 'dtype'?"),
         (["--model", "m", "-o", "dtype=int4"], "'dtype'"),
         (["--model", "m", "-o", "dtype"], "-o 'dtype' is not of the form key=value"),

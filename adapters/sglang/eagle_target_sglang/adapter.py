@@ -1,0 +1,51 @@
+"""The adapter's face to eagle-target: its name, its options and how it loads a target."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from eagle_target.adapters import Adapter
+from eagle_target.errors import ConfigError
+from eagle_target_sglang.options import SGLangOptions
+from eagle_target_sglang.versions import installed_version
+
+if TYPE_CHECKING:
+    from eagle_target.options import PluginOptions
+    from eagle_target.runner import TargetRunner
+
+
+class SGLangAdapter(Adapter):
+    """Runs the models of SGLang that can capture layers."""
+
+    name: ClassVar[str] = "sglang"
+    options_model: ClassVar[type[PluginOptions]] = SGLangOptions
+
+    @classmethod
+    def engine_version(cls) -> str | None:
+        """Version of the installed SGLang; None where it is not installed."""
+        return installed_version("sglang")
+
+    @classmethod
+    def unusable_reason(cls) -> str | None:
+        """Why SGLang cannot run here, with the remedy; None where it can."""
+        if cls.engine_version():
+            return None
+        return 'sglang is not installed: pip install "eagle-target-sglang[sglang]"'
+
+    @classmethod
+    def load(cls, model: str, options: PluginOptions) -> TargetRunner:
+        """Load a path or a hub id, in this process or in processes of its own.
+
+        Raises:
+            ConfigError: options of another adapter, or an argument that the installed SGLang has not.
+            AdapterError: SGLang refused, a rank ended, or the self-check failed.
+        """
+        if not isinstance(options, SGLangOptions):
+            raise ConfigError(f"adapter 'sglang' takes SGLangOptions, got {type(options).__name__}")
+        if options.runs_in_process:
+            from eagle_target_sglang.loading import load_in_process
+
+            return load_in_process(model, options)
+        from eagle_target_sglang.isolated import load_isolated
+
+        return load_isolated(model, options)

@@ -1,0 +1,159 @@
+"""A loaded SGLang engine in this process as a target runner."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from eagle_target.errors import AdapterError
+from eagle_target.info import TargetInfo
+from eagle_target.layers import validate_aux_layer_ids
+from eagle_target.runner import DraftHead, TargetForward
+from eagle_target_sglang import generations
+from eagle_target_sglang.batching import PoolLimits
+from eagle_target_sglang.capture import Capture, OfficialCapture
+from eagle_target_sglang.failures import engine_call
+from eagle_target_sglang.head import Head, input_embedding_weight
+from eagle_target_sglang.versions import installed_version
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from eagle_target_sglang.options import SGLangOptions
+
+PROBE_LENGTHS = (3, 5)
+
+
+class SGLangTargetRunner:
+    """Runs a ModelRunner of SGLang; see `TargetRunner`. One thread at a time.
+
+    A rank of a sharded target is one of these too: all ranks are called alike, in the same order.
+
+    Args:
+        model_runner: SGLang's, loaded, its pools free. model: where from.
+
+    Raises:
+        AdapterError: SGLang cannot capture layers of this model.
+    """
+
+    def __init__(self, model_runner: Any, *, model: str, options: SGLangOptions) -> None:
+        self._model_runner: Any | None = model_runner
+        self._tp_size = options.tp_size
+        self._device = _device_of(model_runner)
+        config = model_runner.model_config
+        sequences, tokens, page_size = generations.pool_limits(model_runner)
+        self.limits = PoolLimits(
+            sequences=sequences, tokens=tokens, page_size=page_size, context_length=int(config.context_len)
+        )
+        self._info = TargetInfo(
+            model=model,
+            revision=options.revision,
+            num_layers=int(config.num_hidden_layers),
+            hidden_size=int(config.hidden_size),
+            vocab_size=int(config.vocab_size),
+            dtype=str(config.dtype).removeprefix("torch."),
+            device=str(self._device),
+            engine="sglang",
+            engine_version=installed_version("sglang") or "unknown",
+            max_seq_len=self.limits.max_seq_len,
+        )
+        self._capture = (OfficialCapture if options.capture == "official" else Capture)(model_runner.model)
+        self._has_layers = False
+        self._head, self._draft_head_agrees = self._probe()
+
+    @property
+    def info(self) -> TargetInfo:
+        """See `TargetRunner.info`."""
+        return self._info
+
+    def set_aux_layers(self, aux_layer_ids: Sequence[int]) -> None:
+        """See `TargetRunner.set_aux_layers`."""
+        layers = validate_aux_layer_ids(aux_layer_ids, self._info.num_layers)
+        self._open()
+        self._capture.set_layers(layers, self._info.num_layers)
+        self._has_layers = True
+
+    def forward_eagle3(self, input_ids: torch.Tensor, seq_lens: Sequence[int]) -> TargetForward:
+        """See `TargetRunner.forward_eagle3`; `[tokens, ...]` on `info.device`.
+
+        Raises:
+            AdapterError: no layers were set, a sequence is over a limit, the runner is closed, or the engine failed.
+        """
+        model_runner = self._open()
+        if not self._has_layers:
+            raise AdapterError("no layers to capture: call set_aux_layers first")
+        if sum(seq_lens) != len(input_ids):
+            raise AdapterError(f"seq_lens add up to {sum(seq_lens)}, input_ids has {len(input_ids)}")
+        groups = list(self.limits.split(seq_lens))
+        rows = [ids.tolist() for ids in torch.split(input_ids.cpu(), list(seq_lens))]
+        with engine_call("the target's forward", self._device):
+            parts = [self._forward(model_runner, [rows[index] for index in group]) for group in groups]
+            if len(parts) == 1:
+                return parts[0]
+            return TargetForward(
+                aux_hidden_states=torch.cat([part.aux_hidden_states for part in parts]),
+                last_hidden_states=torch.cat([part.last_hidden_states for part in parts]),
+            )
+
+    def compute_logits(self, last_hidden_states: torch.Tensor) -> torch.Tensor:
+        """See `TargetRunner.compute_logits`; float32."""
+        self._open()
+        with engine_call("the target's head", self._device):
+            return self._head.compute_logits(last_hidden_states.to(self._device))
+
+    def input_embedding_weight(self) -> torch.Tensor:
+        """See `TargetRunner.input_embedding_weight`."""
+        model_runner = self._open()
+        with engine_call("reading the input embedding", self._device):
+            return input_embedding_weight(model_runner.model, self._info.vocab_size, self._tp_size)
+
+    def draft_head(self, token_ids: torch.Tensor) -> DraftHead | None:
+        """See `TargetRunner.draft_head`; a copy of the rows."""
+        self._open()
+        with engine_call("reading the LM head", self._device):
+            return self._head.draft_head(token_ids) if self._draft_head_agrees else None
+
+    def close(self) -> None:
+        """Let go of the model. SGLang keeps its process group: the process cannot hold another engine."""
+        if self._model_runner is not None:
+            self._capture.close()
+            self._model_runner = None
+            del self._head, self._capture
+
+    def _forward(self, model_runner: Any, rows: list[list[int]]) -> TargetForward:
+        try:
+            captured = self._capture.forward(model_runner, rows)
+        finally:
+            generations.free_pools(model_runner)
+        return TargetForward(aux_hidden_states=captured.aux, last_hidden_states=captured.last)
+
+    def _probe(self) -> tuple[Head, bool]:
+        """One small forward: it shows the head, and that layers are captured row by row."""
+        layers = tuple(range(min(3, self._info.num_layers)))
+        self._capture.set_layers(layers, self._info.num_layers)
+        generator = torch.Generator().manual_seed(0)
+        rows = [
+            torch.randint(0, self._info.vocab_size, (length,), generator=generator).tolist() for length in PROBE_LENGTHS
+        ]
+        with engine_call("the first forward", self._device):
+            forward = self._forward(self._model_runner, rows)
+            head = Head(
+                self._capture.processor,
+                self._capture.lm_head,
+                vocab_size=self._info.vocab_size,
+                tp_size=self._tp_size,
+            )
+            return head, head.draft_head_agrees(forward.last_hidden_states)
+
+    def _open(self) -> Any:
+        if self._model_runner is None:
+            raise AdapterError(f"the target {self._info.model} is closed: load it again")
+        return self._model_runner
+
+
+def _device_of(model_runner: Any) -> torch.device:
+    device = torch.device(model_runner.device)
+    if device.type == "cpu" or ":" in str(device):
+        return device
+    return torch.device(device.type, int(model_runner.gpu_id))

@@ -1,0 +1,18 @@
+"""The sglang adapter passes the suite that every adapter passes, on the real engine in processes of its own."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+from eagle_target_sglang import SGLangAdapter
+
+from eagle_target.testing.adapters import AdapterConformance, BFloat16Adapter
+
+pytestmark = [pytest.mark.engine_sglang, pytest.mark.filterwarnings("default")]
+
+
+class TestSGLangAdapter(AdapterConformance, BFloat16Adapter):
+    adapter = SGLangAdapter
+    # A second engine of a process is refused, and the suite loads several.
+    options: ClassVar[dict[str, Any]] = {"in_process": False}

@@ -1,0 +1,133 @@
+"""Memory that the processes of an engine share without pickling and without a name.
+
+Anonymous, so nothing is left behind whoever crashes, and no limit of /dev/shm applies.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from eagle_target.rows import RowStore
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    # pid, descriptor and size of a block: what another process of the same user needs to open it.
+    Address = tuple[int, int, int]
+    # name, offset, shape and dtype of a tensor in a block, as plain values.
+    PlainSlot = tuple[str, int, list[int], str]
+
+ALIGNMENT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where one tensor lies in a block."""
+
+    name: str
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def plain(self) -> PlainSlot:
+        """As values that any serialiser takes."""
+        return self.name, self.offset, list(self.shape), str(self.dtype).removeprefix("torch.")
+
+    @classmethod
+    def read(cls, plain: PlainSlot) -> Slot:
+        """From `plain()`, tuples as lists or not."""
+        name, offset, shape, dtype = plain
+        return cls(name, offset, tuple(shape), getattr(torch, dtype))
+
+
+class Layout:
+    """Places tensors one after another in a block that is not there yet."""
+
+    def __init__(self) -> None:
+        self.size = 0
+
+    def add(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Slot:
+        """Place a tensor."""
+        slot = Slot(name, self.size, tuple(shape), dtype)
+        length = math.prod(slot.shape) * dtype.itemsize
+        self.size += -(-length // ALIGNMENT) * ALIGNMENT
+        return slot
+
+
+class SharedBlock:
+    """A block of memory; mapped until the last of its tensors is gone."""
+
+    def __init__(self, descriptor: int, size: int) -> None:
+        self._descriptor = descriptor
+        self._size = size
+        self._map = mmap.mmap(descriptor, size)
+
+    @classmethod
+    def create(cls, size: int) -> SharedBlock:
+        """Make a block of zeros that other processes can open while this one has not `release`d it."""
+        size = max(size, ALIGNMENT)
+        descriptor = os.memfd_create("eagle-target", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(descriptor, size)
+            return cls(descriptor, size)
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    @classmethod
+    def open(cls, address: Address) -> SharedBlock:
+        """Map a block of this or another process."""
+        pid, descriptor, size = address
+        own = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            return cls(own, size)
+        finally:
+            os.close(own)
+
+    @property
+    def address(self) -> Address:
+        """What `open` takes."""
+        return os.getpid(), self._descriptor, self._size
+
+    def tensor(self, slot: Slot) -> torch.Tensor:
+        """The tensor of a slot, in the block's memory."""
+        if not math.prod(slot.shape):
+            return torch.empty(slot.shape, dtype=slot.dtype)
+        flat = torch.frombuffer(self._map, dtype=slot.dtype, count=math.prod(slot.shape), offset=slot.offset)
+        return flat.view(slot.shape)
+
+    def release(self) -> None:
+        """Let no more processes open it; those that have mapped it keep it."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+class BlockSink:
+    """A `Sink` whose tensors lie in a block, each where it was placed."""
+
+    def __init__(self, block: SharedBlock, slots: Sequence[Slot]) -> None:
+        self._tensors = {slot.name: block.tensor(slot) for slot in slots}
+
+    def allocate(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> RowStore:
+        """Return the store that was placed for a name."""
+        tensor = self._tensors[name]
+        if tensor.shape != torch.Size(shape) or tensor.dtype != dtype:
+            raise ValueError(f"{name} was placed as {tensor.dtype} {list(tensor.shape)}, not as {dtype} {list(shape)}")
+        return RowStore(tensor)
+
+    def rows(self, name: str) -> torch.Tensor:
+        """The tensor that was placed under a name."""
+        return self._tensors[name]
+
+    def put(self, name: str, rows: torch.Tensor) -> None:
+        """Copy a tensor to its place, unless it was made there."""
+        tensor = self._tensors[name]
+        if tensor.data_ptr() != rows.data_ptr():
+            tensor.copy_(rows)

@@ -1,0 +1,292 @@
+"""A running vLLM engine as a target runner that projects in its workers."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from contextlib import contextmanager, nullcontext
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+import torch
+import vllm
+
+from eagle_target.errors import AdapterError
+from eagle_target.info import TargetInfo
+from eagle_target.layers import validate_aux_layer_ids
+from eagle_target.runner import DraftHead, TargetForward
+from eagle_target_vllm.connector import state_ids
+from eagle_target_vllm.failures import engine_call, is_dead
+from eagle_target_vllm.feeding import has_lost_process, run_sequences, step_until
+from eagle_target_vllm.inline import INLINE_LOCK
+from eagle_target_vllm.loading import connector_layers, end_engine
+from eagle_target_vllm.memory import Layout, SharedBlock
+from eagle_target_vllm.placement import describe_forward, describe_request, place_states, place_supervision
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    from eagle_target.rows import Sink
+    from eagle_target.supervision import SupervisionRequest
+    from eagle_target.vocabulary import VocabMapping
+    from eagle_target_vllm.loading import LoadedEngine
+
+# More than a server lets wait at a time, each with its own.
+MAX_MAPPINGS = 128
+# How long a connector may take to hand over what a forward computed.
+SAVE_SECONDS = 30.0
+
+
+class VLLMTargetRunner:
+    """Runs a loaded engine; see `SupervisingRunner`. One thread at a time.
+
+    Args:
+        loaded: a running engine, which `close` ends.
+    """
+
+    def __init__(self, loaded: LoadedEngine) -> None:
+        self._engine: LLMEngine | None = loaded.engine
+        self._is_inline = loaded.is_inline
+        self._has_inline_worker = loaded.has_inline_worker
+        self._lock = INLINE_LOCK if loaded.is_inline else nullcontext()
+        self._facts = loaded.facts
+        self._uses_connector = loaded.options.capture == "connector"
+        self._is_compiled = not loaded.engine.model_config.enforce_eager
+        self._logits_dtype: torch.dtype = getattr(torch, loaded.facts["logits_dtype"])
+        self._aux_layer_ids: tuple[int, ...] = ()
+        self._mappings: OrderedDict[str, None] = OrderedDict()
+        self._serials = count()
+        self._failure: str | None = None
+        self._info = _describe(loaded)
+        self._compiled_layers: tuple[int, ...] = (
+            connector_layers(loaded.options, self._info.num_layers) if self._uses_connector else ()
+        )
+
+    @property
+    def info(self) -> TargetInfo:
+        """See `TargetRunner.info`; the device is the CPU where the workers are other processes."""
+        return self._info
+
+    def set_aux_layers(self, aux_layer_ids: Sequence[int]) -> None:
+        """See `TargetRunner.set_aux_layers`."""
+        layers = validate_aux_layer_ids(aux_layer_ids, self._info.num_layers)
+        if layers == self._aux_layer_ids:
+            return
+        states: tuple[int, ...] = ()
+        if self._uses_connector:
+            self._check_compiled_layers(layers)
+            states = state_ids(layers, self._info.num_layers)
+            # States of other layers are cached beside the keys and values.
+            self._open().reset_prefix_cache()
+        self._call("set_layers", list(layers), list(states), what="choosing the layers")
+        self._aux_layer_ids = layers
+
+    def supervise(self, requests: Sequence[SupervisionRequest], sinks: Sequence[Sink]) -> dict[str, float]:
+        """See `SupervisingRunner.supervise`.
+
+        Raises:
+            AdapterError: no layers were set, the runner is closed, or the engine failed.
+        """
+        for request in requests:
+            if request.mapping is not None:
+                self._send_mapping(request.mapping)
+        ids = [ids for request in requests for ids in torch.split(request.input_ids, list(request.seq_lens))]
+        if self._has_inline_worker:
+            jobs = [describe_request(request, None) for request in requests]
+            return self._run(jobs, ids, None, list(sinks))
+        layout = Layout()
+        placed = [place_supervision(layout, request, self._info, self._logits_dtype) for request in requests]
+        jobs = [describe_request(request, slots) for request, slots in zip(requests, placed, strict=True)]
+        block = SharedBlock.create(layout.size)
+        timings = self._run(jobs, ids, block, None)
+        for slots, sink in zip(placed, sinks, strict=True):
+            for slot in slots:
+                sink.put(slot.name, block.tensor(slot))
+        return timings
+
+    def forward_eagle3(self, input_ids: torch.Tensor, seq_lens: Sequence[int]) -> TargetForward:
+        """See `TargetRunner.forward_eagle3`; `[tokens, ...]` on `info.device`.
+
+        Raises:
+            AdapterError: no layers were set, the runner is closed, or the engine failed.
+        """
+        layout = Layout()
+        slots = place_states(layout, len(input_ids), self._info)
+        block = SharedBlock.create(layout.size)
+        ids = list(torch.split(input_ids, list(seq_lens)))
+        self._run([describe_forward(list(seq_lens), slots)], ids, block, None)
+        aux, last = (block.tensor(slot).to(self._info.device) for slot in slots)
+        return TargetForward(aux_hidden_states=aux, last_hidden_states=last)
+
+    def compute_logits(self, last_hidden_states: torch.Tensor) -> torch.Tensor:
+        """See `TargetRunner.compute_logits`.
+
+        Raises:
+            AdapterError: the runner is closed, or the engine failed.
+        """
+        layout = Layout()
+        rows = len(last_hidden_states)
+        hidden = layout.add("hidden", (rows, self._info.hidden_size), last_hidden_states.dtype)
+        logits = layout.add("logits", (rows, self._info.vocab_size), self._logits_dtype)
+        block = SharedBlock.create(layout.size)
+        if rows:
+            block.tensor(hidden).copy_(last_hidden_states)
+        self._call("compute_logits", block.address, hidden.plain(), logits.plain(), what="the target's head")
+        block.release()
+        return block.tensor(logits).to(self._info.device)
+
+    def input_embedding_weight(self) -> torch.Tensor:
+        """See `TargetRunner.input_embedding_weight`; a copy, on the CPU.
+
+        Raises:
+            AdapterError: the runner is closed, or the engine failed.
+        """
+        ids = torch.arange(self._info.vocab_size)
+        return self._rows("embedding_rows", ids, has_bias=False)[0]
+
+    def draft_head(self, token_ids: torch.Tensor) -> DraftHead | None:
+        """See `TargetRunner.draft_head`; a copy of the rows, on the CPU.
+
+        Raises:
+            AdapterError: the runner is closed, or the engine failed.
+        """
+        self._open()
+        if self._facts["head"] is None:
+            return None
+        scale, soft_cap, has_bias = self._facts["head"]
+        weight, bias = self._rows("head_rows", token_ids, has_bias=has_bias)
+        return DraftHead(weight=weight, bias=bias, logit_scale=scale, soft_cap=soft_cap)
+
+    def close(self) -> None:
+        """Stop the engine and its processes. Safe to call twice."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            end_engine(engine, inline=self._is_inline)
+
+    def _run(
+        self,
+        jobs: list[dict[str, Any]],
+        sequences: Sequence[torch.Tensor],
+        block: SharedBlock | None,
+        sinks: list[Sink] | None,
+    ) -> dict[str, float]:
+        """Run sequences; results go to the block or to the sinks. Returns seconds by stage."""
+        engine = self._open()
+        if not self._aux_layer_ids:
+            raise AdapterError("no layers to capture: call set_aux_layers first")
+        started = time.perf_counter()
+        serial = next(self._serials)
+        address = None if block is None else block.address
+        what = "the target's forward"
+        try:
+            self._call("begin", serial, jobs, address, sinks, what=what)
+            with self._watched(what):
+                ids = [sequence.tolist() for sequence in sequences]
+                run_sequences(engine, serial, ids, may_reuse_prefixes=self._uses_connector)
+                if self._uses_connector:
+                    step_until(engine, lambda: self._call("is_complete", what=what), timeout=SAVE_SECONDS)
+            forwarded = time.perf_counter()
+            outcome = self._call("finish", what="the projection")
+        except BaseException:
+            self._give_up()
+            raise
+        finally:
+            if block is not None:
+                block.release()
+        self._check_outcome(outcome)
+        return {"forward": forwarded - started, "projection": time.perf_counter() - forwarded}
+
+    def _check_compiled_layers(self, layers: tuple[int, ...]) -> None:
+        if self._is_compiled and layers != self._compiled_layers:
+            raise AdapterError(
+                f"capture=connector has layers {list(self._compiled_layers)} compiled in, {list(layers)} are asked "
+                f"for: give -o 'aux_layer_ids={list(layers)}', or -o enforce_eager=true"
+            )
+
+    def _check_outcome(self, outcome: dict[str, Any]) -> None:
+        if outcome["problem"]:
+            raise AdapterError(f"vLLM {vllm.__version__} gave no hidden states: {outcome['problem']}")
+        if outcome["shortfall"]:
+            index, captured, length = outcome["shortfall"][0]
+            raise AdapterError(
+                f"vLLM {vllm.__version__} computed {captured} of the {length} tokens of sequence {index} "
+                f"({len(outcome['shortfall'])} sequences are short): give engine_args that change no prompt"
+            )
+
+    def _give_up(self) -> None:
+        try:
+            self._call("give_up", what="giving up a forward")
+        # The error that led here is raised; a dead engine cannot be told.
+        except AdapterError:
+            return
+
+    def _send_mapping(self, mapping: VocabMapping) -> None:
+        if mapping.sha256 in self._mappings:
+            return
+        ids = mapping.selected_token_ids.cpu().numpy().astype("<i8").tobytes()
+        self._call("add_mapping", mapping.sha256, ids, MAX_MAPPINGS, what="taking a vocabulary mapping")
+        self._mappings[mapping.sha256] = None
+        while len(self._mappings) > MAX_MAPPINGS:
+            self._mappings.popitem(last=False)
+
+    def _rows(self, method: str, ids: torch.Tensor, *, has_bias: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        layout = Layout()
+        dtype = getattr(torch, self._info.dtype)
+        ids_slot = layout.add("ids", (len(ids),), torch.int64)
+        slots = [layout.add("weight", (len(ids), self._info.hidden_size), dtype)]
+        if has_bias:
+            slots.append(layout.add("bias", (len(ids),), dtype))
+        block = SharedBlock.create(layout.size)
+        block.tensor(ids_slot).copy_(ids)
+        self._call(method, block.address, ids_slot.plain(), [slot.plain() for slot in slots], what="reading weights")
+        block.release()
+        weight, *bias = [block.tensor(slot) for slot in slots]
+        return weight, bias[0] if bias else None
+
+    def _call(self, method: str, *arguments: Any, what: str) -> Any:
+        """Call a method of all workers and return what the first one gives."""
+        engine = self._open()
+        with self._watched(what):
+            return engine.collective_rpc("eagle_target", args=(method, *arguments))[0]
+
+    def _open(self) -> LLMEngine:
+        if self._engine is None:
+            raise AdapterError(f"the target {self._info.model} is closed: load it again")
+        if self._failure is not None:
+            raise AdapterError(self._failure)
+        return self._engine
+
+    @contextmanager
+    def _watched(self, what: str) -> Iterator[None]:
+        """Run the engine; once it is dead, say so at every later call without asking it."""
+        try:
+            with engine_call(what, vllm.__version__), self._lock:
+                yield
+        except AdapterError as error:
+            if error.__cause__ is not None and is_dead(error.__cause__):
+                self._failure = str(error)
+            elif self._engine is not None and has_lost_process(self._engine):
+                self._failure = (
+                    f"a worker of vLLM {vllm.__version__} died in {what}, its log says why: restart the server"
+                )
+                raise AdapterError(self._failure) from error
+            raise
+
+
+def _describe(loaded: LoadedEngine) -> TargetInfo:
+    config = loaded.engine.model_config
+    return TargetInfo(
+        model=loaded.name,
+        revision=loaded.options.revision,
+        num_layers=config.get_total_num_hidden_layers(),
+        hidden_size=config.get_hidden_size(),
+        vocab_size=config.get_vocab_size(),
+        dtype=str(config.dtype).removeprefix("torch."),
+        device=loaded.facts["device"] if loaded.has_inline_worker else "cpu",
+        engine="vllm",
+        engine_version=vllm.__version__,
+        # The engine wants room for one generated token.
+        max_seq_len=config.max_model_len - 1,
+    )

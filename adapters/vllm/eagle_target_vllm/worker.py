@@ -1,0 +1,242 @@
+"""What runs inside vLLM's workers: capture, projection and rows of the weights.
+
+All ranks call everything in the same order, for the head is a collective; only the first rank gives results away.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm import __version__ as vllm_version
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+from eagle_target.projection import project_full, tile_rows
+from eagle_target.vocabulary import VocabMapping
+from eagle_target_vllm.capture import CapturedSequence, ForwardCapture, StepObserver
+from eagle_target_vllm.compatibility import find_obstacle
+from eagle_target_vllm.memory import BlockSink, SharedBlock, Slot
+from eagle_target_vllm.weights import find_embedding, find_final_norm, find_head_form
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from eagle_target.rows import Sink
+    from eagle_target_vllm.memory import Address, PlainSlot
+
+
+class TargetWorkerExtension:
+    """What vLLM mixes into its worker class: one method, so that no name of the worker's is taken."""
+
+    def eagle_target(self, method: str, *arguments: Any) -> Any:
+        """Call a method of this worker's `TargetWorker`."""
+        target = self.__dict__.get("eagle_target_worker")
+        if target is None:
+            target = self.__dict__["eagle_target_worker"] = TargetWorker(self)
+        with torch.no_grad():
+            return getattr(target, method)(*arguments)
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One request of a forward, in a worker.
+
+    aux: `[tokens, 3*hidden]`, on the first rank. last: `[tokens, hidden]`. rows: int64, which of them are projected.
+    encoding: as of the request, or `states` for the hidden states themselves.
+    """
+
+    aux: torch.Tensor | None
+    last: torch.Tensor
+    rows: torch.Tensor
+    encoding: str
+    mapping: VocabMapping | None
+    probs_dtype: torch.dtype
+    sink: Sink | None
+
+
+class TargetWorker:
+    """Capture and projection in one worker of vLLM."""
+
+    def __init__(self, worker: Any) -> None:
+        self._worker = worker
+        self._runner = worker.model_runner
+        config = worker.vllm_config.model_config
+        self._hidden_size = int(config.get_hidden_size())
+        self._vocab_size = int(config.get_vocab_size())
+        self._dtype: torch.dtype = config.dtype
+        self._mappings: OrderedDict[str, VocabMapping] = OrderedDict()
+        self._jobs: list[Job] = []
+
+    def start(self, capture: str) -> dict[str, Any]:
+        """Check what this vLLM and this model offer, begin to observe, and say what the target is."""
+        obstacle = find_obstacle(self._worker, vllm_version)
+        if obstacle:
+            return {"obstacle": obstacle}
+        self._model = self._runner.get_model()
+        self._device = next(self._model.parameters()).device
+        self._is_first = get_tensor_model_parallel_rank() == 0
+        self._state_ids: tuple[int, ...] = ()
+        self._observer = StepObserver(self._runner, stores=capture == "worker")
+        if capture == "connector":
+            connector: Any = get_kv_transfer_group()
+            connector.receiver = self._receive
+        else:
+            self._runner.use_aux_hidden_state_outputs = True
+        self._norm: Any = find_final_norm(self._model)
+        if capture == "connector" and self._norm is None:
+            return {"obstacle": f"a {type(self._model).__name__} has no model.norm: use -o capture=worker"}
+        self._head = find_head_form(self._model, self._hidden_size, self._dtype, self._model.compute_logits)
+        self._embedding = find_embedding(self._model, self._hidden_size)
+        logits = self._model.compute_logits(torch.zeros(1, self._hidden_size, dtype=self._dtype, device=self._device))
+        head = self._head
+        return {
+            "obstacle": None,
+            "device": str(self._device),
+            "logits_shape": None if logits is None else list(logits.shape),
+            "logits_dtype": None if logits is None else str(logits.dtype).removeprefix("torch."),
+            "has_embedding": self._embedding is not None,
+            "head": None if head is None else [head.logit_scale, head.soft_cap, head.shard.bias is not None],
+        }
+
+    def set_layers(self, layer_ids: Sequence[int], all_state_ids: Sequence[int]) -> None:
+        """Capture the output of these decoder layers; `all_state_ids` of vLLM's are what a connector is given."""
+        # vLLM counts what enters a layer: the output of layer i enters layer i + 1.
+        self._aux_ids = tuple(layer + 1 for layer in sorted(layer_ids))
+        self._state_ids = tuple(all_state_ids)
+        self._model.set_aux_hidden_state_layers(self._state_ids or self._aux_ids)
+
+    def is_complete(self) -> bool:
+        """Whether all that a forward asks for has been captured."""
+        capture = self._observer.capture
+        return capture is None or not capture.shortfall()
+
+    @torch.no_grad()
+    def _receive(self, request_id: str, states: torch.Tensor) -> None:
+        """Take `[n, states, hidden]` from the connector; the last of them is before the final norm."""
+        aux = [states[:, self._state_ids.index(state)] for state in self._aux_ids]
+        last = self._norm(states[:, -1].contiguous())
+        self._observer.receive(request_id, aux, last)
+
+    def add_mapping(self, sha256: str, token_ids: bytes, limit: int) -> None:
+        """Keep a vocabulary mapping of little-endian int64 ids; the oldest goes when there are more than `limit`."""
+        ids = torch.frombuffer(bytearray(token_ids), dtype=torch.int64)
+        self._mappings[sha256] = VocabMapping.from_ids(ids, self._vocab_size).to(self._device)
+        while len(self._mappings) > limit:
+            self._mappings.popitem(last=False)
+
+    def begin(
+        self, serial: int, jobs: Sequence[dict[str, Any]], address: Address | None, sinks: Sequence[Sink] | None
+    ) -> None:
+        """Get ready for a forward; results go to sinks of this process, or to a block of memory."""
+        block = None if address is None else SharedBlock.open(address)
+        self._jobs = [
+            self._make_job(job, block, None if sinks is None else sinks[index]) for index, job in enumerate(jobs)
+        ]
+        sequences = []
+        for job, plain in zip(self._jobs, jobs, strict=True):
+            lengths = list(plain["lengths"])
+            lasts = torch.split(job.last, lengths)
+            auxes: Sequence[torch.Tensor | None] = (
+                [None] * len(lengths) if job.aux is None else torch.split(job.aux, lengths)
+            )
+            sequences += [CapturedSequence(aux, last) for aux, last in zip(auxes, lasts, strict=True)]
+        self._observer.begin(ForwardCapture(serial, sequences))
+
+    def finish(self) -> dict[str, Any]:
+        """Project what was captured and give it away; or say why not."""
+        capture, jobs = self._observer.capture, self._jobs
+        self.give_up()
+        if capture is None:
+            return {"problem": "no forward was begun", "shortfall": []}
+        shortfall = capture.shortfall()
+        if capture.problem or shortfall:
+            return {"problem": capture.problem, "shortfall": shortfall}
+        for job in jobs:
+            self._project(job)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return {"problem": None, "shortfall": []}
+
+    def give_up(self) -> None:
+        """Let go of a forward."""
+        self._observer.end()
+        self._jobs = []
+
+    def compute_logits(self, address: Address, hidden_slot: PlainSlot, logits_slot: PlainSlot) -> None:
+        """`[n, hidden]` of a block through the head, to `[n, vocab]` of the block."""
+        block = SharedBlock.open(address)
+        hidden = block.tensor(Slot.read(hidden_slot)).to(self._device)
+        store = BlockSink(block, [Slot.read(logits_slot)]) if self._is_first else None
+        for start, logits in self._tiles(hidden):
+            if store is not None and logits is not None:
+                store.rows("logits")[start : start + len(logits)].copy_(logits)
+
+    def head_rows(self, address: Address, ids_slot: PlainSlot, slots: Sequence[PlainSlot]) -> None:
+        """This rank's rows of the LM head for `[n]` ids of a block, to its weight `[n, hidden]` and bias `[n]`."""
+        if self._head is not None:
+            self._fill(self._head.shard, address, ids_slot, slots)
+
+    def embedding_rows(self, address: Address, ids_slot: PlainSlot, slots: Sequence[PlainSlot]) -> None:
+        """This rank's rows of the input embedding for `[n]` ids of a block, to its weight `[n, hidden]`."""
+        if self._embedding is not None:
+            self._fill(self._embedding, address, ids_slot, slots)
+
+    def _fill(self, shard: Any, address: Address, ids_slot: PlainSlot, slots: Sequence[PlainSlot]) -> None:
+        block = SharedBlock.open(address)
+        weight, *bias = [block.tensor(Slot.read(slot)) for slot in slots]
+        shard.fill(block.tensor(Slot.read(ids_slot)), weight, bias[0] if bias else None)
+
+    def _make_job(self, plain: dict[str, Any], block: SharedBlock | None, sink: Sink | None) -> Job:
+        tokens = sum(plain["lengths"])
+        if block is not None and self._is_first:
+            sink = BlockSink(block, [Slot.read(slot) for slot in plain["slots"]])
+        aux: torch.Tensor | None = None
+        shape = (tokens, 3 * self._hidden_size)
+        if isinstance(sink, BlockSink) and self._device.type == "cpu":
+            aux = sink.rows("aux_hidden_states")
+        elif self._is_first:
+            aux = torch.empty(shape, dtype=self._dtype, device=self._device)
+        rows = torch.frombuffer(bytearray(plain["rows"]), dtype=torch.bool).nonzero()[:, 0]
+        return Job(
+            aux=aux,
+            last=torch.empty(tokens, self._hidden_size, dtype=self._dtype, device=self._device),
+            rows=rows.to(self._device),
+            encoding=plain["encoding"],
+            mapping=None if plain["mapping"] is None else self._mappings[plain["mapping"]],
+            probs_dtype=getattr(torch, plain["probs_dtype"]),
+            sink=sink if self._is_first else None,
+        )
+
+    def _project(self, job: Job) -> None:
+        if job.sink is not None and job.aux is not None:
+            job.sink.put("aux_hidden_states", job.aux)
+        if job.encoding == "states":
+            if job.sink is not None:
+                job.sink.put("last_hidden_states", job.last)
+            return
+        hidden = job.last.index_select(0, job.rows)
+        if job.sink is None:
+            # Without rows `project_full` still asks for the dtype of logits.
+            for _ in self._tiles(hidden, at_least_once=job.encoding == "logits"):
+                pass
+            return
+        if job.encoding == "hidden":
+            job.sink.put("last_hidden_states", hidden)
+        project_full(
+            hidden,
+            self._model.compute_logits,
+            vocab_size=self._vocab_size,
+            encoding=job.encoding,  # type: ignore[arg-type]
+            mapping=job.mapping,
+            probs_dtype=job.probs_dtype,
+            sink=job.sink,
+        )
+
+    def _tiles(self, hidden: torch.Tensor, *, at_least_once: bool = False) -> Iterator[tuple[int, torch.Tensor | None]]:
+        """The tiles that `project_full` asks the head for; logits are None on all ranks but the first."""
+        tile = tile_rows(self._vocab_size, hidden.device)
+        for start in range(0, max(len(hidden), int(at_least_once)), tile):
+            yield start, self._model.compute_logits(hidden[start : start + tile])

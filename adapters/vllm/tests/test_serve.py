@@ -1,0 +1,85 @@
+"""`eagle-target serve --engine vllm` in a process of its own, its client in this one."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+import urllib3
+
+from eagle_target.client.remote import RemoteEagle3TargetModel
+from eagle_target.errors import EagleTargetError
+from eagle_target.testing.adapter_oracle import HFOracle, check_batch, padded_input
+from eagle_target.testing.server import server_process
+from eagle_target.testing.tiny import shuffled_mapping
+
+from .models import save_model
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from eagle_target.testing.server import ServerProcess
+
+AUX = (0, 3, 7)
+ODD_VOCAB = 2011
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model("llama-odd-vocabulary", tmp_path_factory.mktemp("odd"))
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint: Path) -> Iterator[ServerProcess]:
+    arguments = ["--engine", "vllm", "--model", str(checkpoint), "--aux-layer-ids", "0,3,7"]
+    arguments += ["-o", "tensor_parallel_size=2", "-o", "capture=connector", "-o", "enforce_eager=true"]
+    arguments += ["-o", "aux_layer_ids=[0,3,7]", "-o", "kv_cache_memory_bytes=134217728"]
+    with server_process(arguments, ready_timeout=180.0) as running:
+        yield running
+        children = psutil.Process(running.process.pid).children(recursive=True)
+        for child in children:
+            child.kill()
+
+
+def test_supervision_of_two_clients_is_transformers(server: ServerProcess, checkpoint: Path) -> None:
+    oracle = HFOracle(checkpoint)
+
+    def train(seed: int) -> None:
+        mapping = shuffled_mapping(ODD_VOCAB, 100 + seed, seed=seed)
+        with RemoteEagle3TargetModel.from_urls([server.url], timeout=60.0) as client:
+            client.set_vocab_mapping(mapping)
+            inputs = [padded_input([40, 3, 300], ODD_VOCAB, seed=10 * seed + step) for step in range(3)]
+            batches = client.prefetch([given.arguments() for given in inputs], depth=2)
+            for given, batch in zip(inputs, batches, strict=True):
+                check_batch(
+                    batch.tensors(),
+                    given,
+                    oracle,
+                    aux_layer_ids=AUX,
+                    selected_token_ids=mapping.selected_token_ids.tolist(),
+                    tolerance=1e-4,
+                )
+
+    with ThreadPoolExecutor(2) as threads:
+        for result in [threads.submit(train, seed) for seed in (1, 2)]:
+            result.result(120.0)
+
+
+def test_z_a_server_whose_worker_died_is_degraded(server: ServerProcess) -> None:
+    given = padded_input([9, 4], ODD_VOCAB)
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    max(children, key=lambda child: child.memory_info().rss).kill()
+    started = time.monotonic()
+
+    with RemoteEagle3TargetModel.from_urls([server.url], encoding="logits", timeout=60.0) as client:  # noqa: SIM117
+        with pytest.raises(EagleTargetError, match="died"):
+            client.generate_batch(**given.arguments())
+
+    assert time.monotonic() - started < 30
+    answer = urllib3.request("GET", f"{server.url}/ready", retries=False)
+    print(answer.status, answer.data)
+    assert b"degraded" in answer.data
