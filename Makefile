@@ -14,6 +14,11 @@ OLD_SGLANG := .venv-sglang-0.5.9
 PIP_INDEX := $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 CHECKED := eagle_target transports adapters tests benchmarks examples docs
 
+ifdef TORCH_INDEX_URL
+export UV_EXTRA_INDEX_URL := $(TORCH_INDEX_URL)
+export UV_INDEX_STRATEGY := unsafe-best-match
+endif
+
 .PHONY: help env demo test test-core test-vllm test-sglang test-engines lint docs bench-wire bench-projection bench-vllm \
 	bench-sglang clean
 
