@@ -70,9 +70,10 @@ class Channels:
         if endpoint is None:
             raise _not_offered(name, self._endpoints)
         with self._lock:
-            if len(self._open) + self._opening >= self._max_channels:
+            taken = len(self._open) + self._opening
+            if taken >= self._max_channels:
                 raise ServerError(
-                    f"{len(self._open)} channels are open, this server holds {self._max_channels}: close some, or "
+                    f"{taken} channels are open, this server holds {self._max_channels}: close some, or "
                     "raise max_channels",
                     status=503,
                     problem="too-many-channels",
