@@ -13,6 +13,8 @@ import sys
 import time
 from typing import Self
 
+from eagle_target_sglang.ranks import start_process
+
 PRELOADED = ("eagle_target_sglang.rank_commands", "sglang.srt.models.registry", "transformers")
 
 
@@ -59,9 +61,10 @@ class WarmRanks:
         self._process.kill()
         self._process.wait()
 
-    def start(self, module: str, peer: int, lifeline: int) -> ForkedProcess:
-        """Stand in for `ranks.start_process`."""
-        assert module == "eagle_target_sglang.rank"
+    def start(self, module: str, peer: int, lifeline: int) -> ForkedProcess | subprocess.Popen[bytes]:
+        """Stand in for `ranks.start_process`; ranks that need no SGLang start as ever."""
+        if module != "eagle_target_sglang.rank":
+            return start_process(module, peer, lifeline)
         given = {name: value for name, value in os.environ.items() if name.startswith("SGLANG_")}
         socket.send_fds(self._socket, [json.dumps(given).encode()], [peer, lifeline])
         received = self._socket.recv(8)
