@@ -68,8 +68,7 @@ class BatchAssembler:
         if name == "last_hidden_states":
             self._stores[name] = RowStore(self._allocate(tuple(shape), dtype))
         else:
-            slots = self._rows.layout.batch * self._rows.layout.seq
-            self._stores[name] = scattered_store(slots, shape, dtype, positions, self._allocate)
+            self._scatter(name, shape, dtype, positions)
         return self._stores[name]
 
     def put(self, name: str, rows: torch.Tensor) -> None:
@@ -86,14 +85,15 @@ class BatchAssembler:
             self._project_hidden()
         probs = None if self._request.encoding == "logits" else self._take("target_probs")
         top_ids = self._take("target_top_ids")
+        loss_mask = self._rows.layout.shift_left(self._rows.loss_mask).to(self._device)
         return Eagle3TargetBatch(
             aux_hidden_states=self._take("aux_hidden_states"),
             input_ids=self._rows.layout.shift_left(self._rows.input_ids).to(self._device),
             attention_mask=self._rows.attention_mask.to(self._device),
-            loss_mask=self._shifted_loss_mask(),
+            loss_mask=loss_mask,
             logits=self._take("logits") if probs is None else None,
             target_probs=probs,
-            position_mask=None if probs is None else self._position_mask(top_ids),
+            position_mask=None if probs is None else self._position_mask(top_ids, loss_mask),
             target_top_ids=top_ids,
             target_logsumexp=self._take("target_logsumexp"),
             position_ids=self._on_device(self._rows.position_ids),
@@ -105,9 +105,14 @@ class BatchAssembler:
         if "last_hidden_states" not in self._stores or self._draft_head is None:
             raise ProtocolError("supervision in encoding 'hidden' came without last_hidden_states or a draft head")
         hidden = self._stores["last_hidden_states"].out
-        self._expected["target_probs"] = ((len(self._draft_head.weight),), (self._request.probs_dtype,))
         shape = (len(hidden), len(self._draft_head.weight))
-        project_draft(hidden, self._draft_head, self.allocate("target_probs", shape, self._request.probs_dtype))
+        store = self._scatter("target_probs", shape, self._request.probs_dtype, self._row_positions)
+        project_draft(hidden, self._draft_head, store)
+
+    def _scatter(self, name: str, shape: Sequence[int], dtype: torch.dtype, positions: torch.Tensor) -> RowStore:
+        slots = self._rows.layout.batch * self._rows.layout.seq
+        self._stores[name] = scattered_store(slots, shape, dtype, positions, self._allocate)
+        return self._stores[name]
 
     def _take(self, name: str) -> torch.Tensor:
         if name not in self._stores:
@@ -116,11 +121,7 @@ class BatchAssembler:
         layout = self._rows.layout
         return out.view(layout.batch, layout.seq, *out.shape[1:])
 
-    def _shifted_loss_mask(self) -> torch.Tensor:
-        layout, mask = self._rows.layout, self._rows.loss_mask
-        return layout.shift_left(mask).to(self._device)
-
-    def _position_mask(self, top_ids: torch.Tensor) -> torch.Tensor:
+    def _position_mask(self, top_ids: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
         if self._request.mapping is None:
             raise ContractError("position_mask needs a vocabulary mapping: call set_vocab_mapping first")
         mask = self._request.mapping.to(self._device).selected_token_mask
@@ -129,7 +130,7 @@ class BatchAssembler:
                 f"target_top_ids has ids outside 0 to {len(mask) - 1}: the server's answer is not valid"
             )
         in_draft = mask[top_ids.to(torch.int64)]
-        return (in_draft & self._shifted_loss_mask().bool())[..., None]
+        return (in_draft & loss_mask.bool())[..., None]
 
     def _on_device(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
         return None if tensor is None else tensor.to(self._device)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from eagle_target.adapters import Adapter
     from eagle_target.options import PluginOptions
-    from eagle_target.plugins import Plugins, Registry
+    from eagle_target.plugins import Origin, Plugins, Registry
     from eagle_target.transports import Transport
 
 Row = tuple[str, str, str, str, str]
@@ -33,7 +33,7 @@ def plugins(name: str | None) -> None:
         console.print(options_table(_find(found, name).options_model, name))
         return
     table = Table("kind", "name", "version", "from", "usable here", box=None, pad_edge=False)
-    for row in [*_adapter_rows(found), *_transport_rows(found), *_absent_rows(found)]:
+    for row in [*_installed_rows(found), *_absent_rows(found)]:
         table.add_row(*row)
     for broken in found.broken:
         table.add_row("plugin", broken.name, "-", broken.distribution, f"no: broken: {broken.reason}")
@@ -53,29 +53,20 @@ def options_table(model: type[PluginOptions], name: str) -> Table:
     return table
 
 
-def _adapter_rows(found: Plugins) -> list[Row]:
-    return [
-        (
-            "engine",
-            origin.plugin.name,
-            _version(origin.plugin.engine_version),
-            f"{origin.distribution} {origin.version}",
-            _usable(unusable_reason(origin.plugin)),
-        )
-        for origin in found.adapters
+def _installed_rows(found: Plugins) -> list[Row]:
+    rows: list[tuple[str, Origin[Adapter] | Origin[Transport], Callable[[], str | None]]] = [
+        *(("engine", origin, origin.plugin.engine_version) for origin in found.adapters),
+        *(("transport", origin, origin.plugin.version) for origin in found.transports),
     ]
-
-
-def _transport_rows(found: Plugins) -> list[Row]:
     return [
         (
-            "transport",
+            kind,
             origin.plugin.name,
-            _version(origin.plugin.version),
+            _version(version),
             f"{origin.distribution} {origin.version}",
             _usable(unusable_reason(origin.plugin)),
         )
-        for origin in found.transports
+        for kind, origin, version in rows
     ]
 
 

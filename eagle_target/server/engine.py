@@ -74,7 +74,7 @@ class TargetModelServer:
             Unavailable: the target is not loaded.
         """
         if self._served is None:
-            raise Unavailable(self._not_serving(), status=503, problem=self.state, retry_after=RETRY_SECONDS)
+            raise self._unavailable(retry_after=RETRY_SECONDS)
         return self._served
 
     @property
@@ -150,11 +150,12 @@ class TargetModelServer:
 
     def _put(self, work: Job | Call) -> None:
         if self.state not in SERVING_STATES:
-            raise Unavailable(self._not_serving(), status=503, problem=self.state, retry_after=RETRY_SECONDS)
+            raise self._unavailable(retry_after=RETRY_SECONDS)
         self._queue.put(work)
 
-    def _not_serving(self) -> str:
-        return f"the server is {self.state}" + (f": {self.failure}" if self.failure else "")
+    def _unavailable(self, retry_after: float | None = None) -> Unavailable:
+        reason = f"the server is {self.state}" + (f": {self.failure}" if self.failure else "")
+        return Unavailable(reason, status=503, problem=self.state, retry_after=retry_after)
 
     def _run(self) -> None:
         try:
@@ -177,7 +178,7 @@ class TargetModelServer:
             self.failure = str(error) or type(error).__name__
             if self.state != "closed":
                 self.state = "failed"
-        self._queue.close(Unavailable(self._not_serving(), status=503, problem=self.state))
+        self._queue.close(self._unavailable())
 
     def _load_target(self) -> TargetRunner:
         runner = self._load()
