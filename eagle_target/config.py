@@ -52,6 +52,9 @@ class ServerConfig(BaseModel):
     max_body_bytes: int = Field(default=64 << 20, ge=1024, description="Bytes a request's body may have.")
     max_mappings: int = Field(default=32, ge=1, description="Vocabulary mappings kept; the least used goes first.")
     max_channels: int = Field(default=256, ge=1, description="Open channels of all transports.")
+    channel_lease: float = Field(
+        default=30.0, gt=0, description="Seconds after which the channel of a client that is silent is closed."
+    )
     body_timeout: float = Field(default=30.0, gt=0, description="Seconds a client may take to send a body.")
     send_timeout: float = Field(default=60.0, gt=0, description="Seconds a client may stop reading an answer.")
     drain_timeout: float = Field(default=60.0, gt=0, description="Seconds SIGTERM waits for requests under way.")

@@ -28,6 +28,8 @@ TRANSPORT = "Eagle-Target-Transport"
 CHANNEL = "Eagle-Target-Channel"
 FINGERPRINT = "Eagle-Target-Fingerprint"
 MAPPING = "Eagle-Target-Mapping"
+MOVED_BYTES = "Eagle-Target-Moved-Bytes"
+PASSED_OVER = "Eagle-Target-Passed-Over"
 TIMINGS = "Server-Timing"
 
 HEALTH = "/health"

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from eagle_target.errors import TransportError
 from eagle_target.options import PluginOptions
 
 if TYPE_CHECKING:
@@ -13,15 +14,19 @@ if TYPE_CHECKING:
 
     import torch
 
-    from eagle_target.rows import Sink
+    from eagle_target.rows import PackedTensors, Sink
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The HTTP body that goes with a transfer: all of it (`wire`), or what the client needs to fetch the rest."""
+    """The HTTP body that goes with a transfer: all of it (`wire`), or what the client needs to fetch the rest.
+
+    moved_bytes: what travels beside the body.
+    """
 
     content_type: str
     parts: Sequence[memoryview]
+    moved_bytes: int = 0
 
     @property
     def length(self) -> int:
@@ -30,10 +35,14 @@ class Reply:
 
 
 class IncomingBody(Protocol):
-    """The HTTP body of an answer, as the client reads it."""
+    """The HTTP body of an answer, as the client reads it.
+
+    deadline: `time.monotonic()` by which the transfer must be over, fetching the rest included.
+    """
 
     content_type: str
     length: int
+    deadline: float
 
     def readinto(self, buffer: memoryview) -> None:
         """Fill the whole buffer with the next bytes.
@@ -45,19 +54,55 @@ class IncomingBody(Protocol):
 
 
 class ControlPlane(Protocol):
-    """How the two ends of a transport agree before the first transfer."""
+    """How the client's end of one channel talks to the server's.
 
-    def open_channel(self, transport: str, hello: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Have the server accept a channel; returns what its `accept` answered."""
+    address: host the server was reached at. device, target_device: where batches go, and where the target runs.
+    """
+
+    address: str
+    device: str
+    target_device: str
+
+    def open_channel(self, hello: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Have the server accept the channel; returns what its `accept` answered. Once for each control plane."""
+        ...
+
+    def tell(self, message: Mapping[str, Any], *, timeout: float | None = None) -> Mapping[str, Any]:
+        """Have the open channel's `answer` called; returns what it answered.
+
+        Raises:
+            TransportError: the server's end refused, or could not be reached within `timeout` seconds.
+            ServerError: the server has no such channel any more.
+        """
         ...
 
 
 class ServerChannel(ABC):
-    """The server's end of one client's connection."""
+    """The server's end of one client's connection.
+
+    Closed by the server when the client closes it, or has not been heard of for a lease.
+    """
+
+    def new_tensors(self) -> PackedTensors:
+        """Where a request's supervision is put: in memory the channel sends from without a copy, where it has such."""
+        from eagle_target.rows import PackedTensors
+
+        return PackedTensors()
+
+    def answer(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """Answer what the client's end told: plain JSON data both ways. Called from any thread.
+
+        Raises:
+            TransportError: the message makes no sense here.
+        """
+        raise TransportError(f"this transport's channels take no messages, got {sorted(message)}")
 
     @abstractmethod
     def send(self, transfer_id: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Reply:
         """Start a transfer and return the HTTP body for it. Called from any thread, several at a time.
+
+        `tensors` is what `new_tensors` made, or any other mapping. Whoever needs them later keeps the mapping itself:
+        the server counts supervision as waiting for its client as long as the mapping lives.
 
         Raises:
             TransportError: the tensors cannot be sent this way.
@@ -91,6 +136,11 @@ class ServerEndpoint(ABC):
 class ClientChannel(ABC):
     """The client's end of a connection to one server."""
 
+    @property
+    def broken(self) -> bool:
+        """Whether the channel can carry nothing any more, so that another one must be opened."""
+        return False
+
     @abstractmethod
     def receive(self, body: IncomingBody, sink: Sink) -> dict[str, str]:
         """Put the tensors of one transfer into the sink and return the metadata sent with them.
@@ -100,6 +150,7 @@ class ClientChannel(ABC):
 
         Raises:
             ProtocolError: the body is not what `send` made. TransferTimeout: the deadline passed.
+            ConnectError: the channel broke; where `broken` is set, the request is asked for again over another one.
         """
 
     def close(self) -> None:
@@ -112,7 +163,7 @@ class Transport(ABC):
 
     name: what `--transport` takes. options_model: a `PluginOptions` with described fields.
     connectionless: every client shares one channel and none needs to be opened.
-    rank: `auto` takes the usable transport of the highest rank.
+    rank: `auto` takes the usable transport of the highest rank that `auto_refusal` has nothing against.
     """
 
     name: ClassVar[str]
@@ -128,6 +179,11 @@ class Transport(ABC):
     @classmethod
     def unusable_reason(cls) -> str | None:
         """Why the transport cannot work on this machine, with the remedy; None where it can."""
+        return None
+
+    @classmethod
+    def auto_refusal(cls, control: ControlPlane) -> str | None:  # noqa: ARG003 - for transports that care
+        """Why `auto` should pass this transport over between these two ends though it could work; None to take it."""
         return None
 
     @classmethod

@@ -89,10 +89,13 @@ class ServerConnection:
             raise error_of(self.url, answer.status, answer.headers, response.read_all(MAX_JSON_BYTES))
         return response
 
-    def request_json(self, method: str, path: str, content: Mapping[str, Any] | None = None) -> bytes:
+    def request_json(
+        self, method: str, path: str, content: Mapping[str, Any] | None = None, *, timeout: float | None = None
+    ) -> bytes:
         """Send JSON, if any, and return the answer's bytes."""
         parts = [] if content is None else [memoryview(json.dumps(dict(content)).encode())]
-        return self.request(method, path, parts, {"Content-Type": "application/json"}).read_all(MAX_JSON_BYTES)
+        answer = self.request(method, path, parts, {"Content-Type": "application/json"}, timeout=timeout)
+        return answer.read_all(MAX_JSON_BYTES)
 
     def close(self) -> None:
         """Close every connection; requests under way end with a ConnectError. Safe to call twice."""
@@ -118,7 +121,7 @@ class ResponseBody:
     def __init__(self, server: ServerConnection, answer: urllib3.BaseHTTPResponse, deadline: float) -> None:
         self._server = server
         self._answer = answer
-        self._deadline = deadline
+        self.deadline = deadline
         self.headers = answer.headers
         self.content_type = answer.headers.get("Content-Type", "").partition(";")[0]
         self.length = self._left = _content_length(answer)
@@ -161,7 +164,7 @@ class ResponseBody:
         return bytes(data)
 
     def _check_deadline(self) -> None:
-        if time.monotonic() > self._deadline:
+        if time.monotonic() > self.deadline:
             self.close()
             raise TransferTimeout(
                 f"{self._server.url} sent {self.length - self._left} of {self.length} bytes in time: raise timeout"

@@ -5,42 +5,38 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from eagle_target import protocol
-from eagle_target.errors import (
-    ConnectError,
-    EagleTargetError,
-    ProtocolError,
-    RequestTooLarge,
-    ServerError,
-    TransportRefused,
-)
-from eagle_target.options import build_model
-from eagle_target.plugins import unusable_reason
+from eagle_target.client.agreement import Negotiator
+from eagle_target.client.control import ChannelControl
+from eagle_target.errors import ConnectError, EagleTargetError, ProtocolError, RequestTooLarge, ServerError
 from eagle_target.rows import PackedTensors
 from eagle_target.runner import DraftHead
 from eagle_target.tensor_format import encode_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import torch
 
+    from eagle_target.client.agreement import Agreement
     from eagle_target.client.connection import ResponseBody, ServerConnection
     from eagle_target.plugins import Plugins
     from eagle_target.protocol import Handshake
     from eagle_target.rows import Sink
     from eagle_target.supervision import SupervisionRequest
-    from eagle_target.transports import ClientChannel, Transport
     from eagle_target.vocabulary import VocabMapping
+
+    AnySink = TypeVar("AnySink", bound=Sink)
 
 logger = logging.getLogger(__name__)
 
-# Once for a mapping the server forgot, once for a channel it forgot: it was restarted.
+# Once for a mapping that a restarted server forgot, once for a channel it forgot, or for one that broke.
 REPAIRS = 2
-# A client that ends does not wait long for a server to hear of it.
-GIVE_UP_SECONDS = 2.0
+FIRST_RECOVERY_SECONDS = 1.0
+LONGEST_RECOVERY_SECONDS = 30.0
 
 
 class Peer:
@@ -49,7 +45,7 @@ class Peer:
     Args:
         connection: HTTP to it. plugins: where transports come from.
         transports: names in order of preference; `auto` for the best both ends have.
-        transport_options: options by transport name.
+        transport_options: options by transport name. device: where batches go.
     """
 
     def __init__(
@@ -59,19 +55,22 @@ class Peer:
         plugins: Plugins,
         transports: Sequence[str],
         transport_options: Mapping[str, Mapping[str, Any]],
+        device: str = "cpu",
     ) -> None:
         self.connection = connection
         self._plugins = plugins
-        self._transports = transports
-        self._transport_options = transport_options
+        self._negotiator = Negotiator(
+            connection, plugins=plugins, transports=transports, transport_options=transport_options, device=device
+        )
         self._lock = threading.Lock()
         self._handshake: Handshake | None = None
-        self._channel: ClientChannel | None = None
-        self._channel_id: str | None = None
-        self._closed = False
+        self._agreement: Agreement | None = None
+        self._closed = threading.Event()
+        self._recovering = False
         self._uploaded: set[str] = set()
         self.transport = ""
         self.refused: dict[str, str] = {}
+        self.fallbacks = 0
 
     @property
     def url(self) -> str:
@@ -93,22 +92,15 @@ class Peer:
         """Ask the server what it serves and agree on a transport."""
         self._handshake = protocol.read_handshake(self.connection.request_json("GET", protocol.TARGET))
         with self._lock:
-            if self._channel is None:
-                self._open_channel()
+            if self._agreement is None:
+                self._settle(self._negotiator.agree(self._handshake))
         return self._handshake
 
-    def open_channel(self, transport: str, hello: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Have the server accept a channel: the transports' control plane."""
-        answer = self.connection.request_json("POST", f"{protocol.TRANSPORTS}/{transport}/channels", hello)
-        reply: dict[str, Any] = protocol.read_json_object(answer, "the answer to opening a channel")
-        self._channel_id = str(reply.pop("channel", ""))
-        return reply
-
-    def supervise(self, request: SupervisionRequest, sink: Sink) -> int:
-        """Have a request answered into a sink; uploads what the server has forgotten.
+    def supervise(self, request: SupervisionRequest, make_sink: Callable[[], AnySink]) -> tuple[AnySink, int]:
+        """Have a request answered into a new sink; uploads what the server has forgotten, mends a channel that broke.
 
         Returns:
-            bytes of the HTTP body.
+            the sink, and how many bytes were received.
 
         Raises:
             RequestTooLarge: more than the server said it takes; nothing was sent.
@@ -116,17 +108,22 @@ class Peer:
         """
         self._check_limits(request)
         for _ in range(REPAIRS):
-            channel, channel_id = self._agreed_channel()
-            try:
-                return self._ask(request, sink, channel, channel_id)
-            except ServerError as error:
-                if error.problem == "unknown-vocab-mapping" and request.mapping is not None:
-                    self._uploaded.discard(request.mapping.sha256)
-                elif error.problem == "unknown-channel":
-                    self._drop_channel(channel)
-                else:
-                    raise
-        return self._ask(request, sink, *self._agreed_channel())
+            with self._borrow() as agreement:
+                try:
+                    return self._ask(request, make_sink(), agreement)
+                except ServerError as error:
+                    if error.problem == "unknown-vocab-mapping" and request.mapping is not None:
+                        self._uploaded.discard(request.mapping.sha256)
+                    elif error.problem == "unknown-channel":
+                        agreement.control.lost = True
+                    else:
+                        raise
+                except ConnectError as error:
+                    if not agreement.channel.broken:
+                        raise
+                    logger.warning("%s: a %s channel broke: %s", self.url, agreement.transport, error)
+        with self._borrow() as agreement:
+            return self._ask(request, make_sink(), agreement)
 
     def upload_mapping(self, mapping: VocabMapping) -> None:
         """Give the server a vocabulary mapping, unless it has been given it."""
@@ -155,29 +152,29 @@ class Peer:
     def close(self) -> None:
         """Close the channel and the connections. Safe to call twice."""
         with self._lock:
-            self._closed = True
-            channel, self._channel = self._channel, None
-            channel_id, self._channel_id = self._channel_id, None
-        if channel is not None:
-            channel.close()
-        if channel_id is not None:
-            self._give_up_channel(self.transport, channel_id)
+            self._closed.set()
+            agreement, self._agreement = self._agreement, None
+        if agreement is not None:
+            agreement.end()
         self.connection.close()
 
-    def _ask(self, request: SupervisionRequest, sink: Sink, channel: ClientChannel, channel_id: str | None) -> int:
+    def _ask(self, request: SupervisionRequest, sink: AnySink, agreement: Agreement) -> tuple[AnySink, int]:
         if request.mapping is not None:
             self.upload_mapping(request.mapping)
         request_id = secrets.token_hex(8)
-        headers = {protocol.REQUEST_ID: request_id, protocol.TRANSPORT: self.transport}
-        if channel_id is not None:
-            headers[protocol.CHANNEL] = channel_id
+        headers = {protocol.REQUEST_ID: request_id, protocol.TRANSPORT: agreement.transport}
+        if agreement.control.channel_id is not None:
+            headers[protocol.CHANNEL] = agreement.control.channel_id
+        if agreement.refused:
+            headers[protocol.PASSED_OVER] = ",".join(agreement.refused)
         body = self.connection.request("POST", protocol.SUPERVISION, protocol.encode_request(request), headers)
         try:
             self._check_answer(body, request, request_id)
-            channel.receive(body, sink)
+            agreement.channel.receive(body, sink)
         finally:
             body.close()
-        return body.length
+        moved = body.headers.get(protocol.MOVED_BYTES, "")
+        return sink, body.length + (int(moved) if moved.isdecimal() else 0)
 
     def _check_answer(self, body: ResponseBody, request: SupervisionRequest, request_id: str) -> None:
         expected = {protocol.REQUEST_ID: request_id, protocol.FINGERPRINT: self.handshake.fingerprint}
@@ -204,27 +201,89 @@ class Peer:
     def _fetch(self, body: ResponseBody) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         tensors = PackedTensors()
         wire = self._plugins.transports.get("wire")
-        metadata = wire.connect(wire.options_model(), {}, self).receive(body, tensors)
+        control = ChannelControl(self.connection, "wire", device="cpu", target_device=self.handshake.target.device)
+        metadata = wire.connect(wire.options_model(), {}, control).receive(body, tensors)
         return tensors, metadata
 
-    def _agreed_channel(self) -> tuple[ClientChannel, str | None]:
-        """The channel and its id, opened again where the server forgot it."""
+    @contextmanager
+    def _borrow(self) -> Iterator[Agreement]:
+        """The agreement, made again where there is none; it is not ended while it is borrowed."""
         with self._lock:
-            if self._closed:
-                raise ConnectError(f"the channel to {self.url} is closed")
-            if self._channel is None:
-                self._renew_offers()
-                self._open_channel()
-            if self._channel is None:
-                raise ConnectError(f"no channel to {self.url} is open")
-            return self._channel, self._channel_id
+            agreement = self._current()
+            agreement.users += 1
+        try:
+            yield agreement
+        finally:
+            with self._lock:
+                agreement.users -= 1
+                if agreement.retired and not agreement.users:
+                    agreement.end()
 
-    def _drop_channel(self, forgotten: ClientChannel) -> None:
-        """Let go of a channel the server forgot, unless another thread did."""
+    def _current(self) -> Agreement:
+        if self._closed.is_set():
+            raise ConnectError(f"the channel to {self.url} is closed")
+        if self._agreement is not None and self._agreement.channel.broken:
+            self._step_down(self._agreement)
+        elif self._agreement is not None and self._agreement.control.lost:
+            self._retire(self._agreement)
+        if self._agreement is None:
+            self._renew_offers()
+            self._settle(self._negotiator.agree(self.handshake))
+        if self._agreement is None:
+            raise ConnectError(f"no channel to {self.url} is open")
+        return self._agreement
+
+    def _settle(self, agreement: Agreement) -> None:
+        self._agreement = agreement
+        self.transport, self.refused = agreement.transport, agreement.refused
+
+    def _retire(self, agreement: Agreement) -> None:
+        """Use an agreement for no further request; it ends when nobody uses it any more."""
+        agreement.retired = True
+        if self._agreement is agreement:
+            self._agreement = None
+        if not agreement.users:
+            agreement.end()
+
+    def _step_down(self, broken: Agreement) -> None:
+        """From a channel that broke to the next transport, where there is a choice."""
+        present = self._agreement is broken
+        self._retire(broken)
+        if not present or self._closed.is_set() or not self._negotiator.has_choice:
+            return
+        logger.warning("%s: transport %r broke and is stepped down from", self.url, broken.transport)
+        self._settle(self._negotiator.agree(self.handshake, without={broken.transport}))
+        self.fallbacks += 1
+        if not self._recovering:
+            self._recovering = True
+            threading.Thread(target=self._recover, name="eagle-target-recovery", daemon=True).start()
+
+    def _recover(self) -> None:
+        """Try for what was stepped down from, until it is there again."""
+        pause = FIRST_RECOVERY_SECONDS
+        while not self._closed.wait(pause):
+            pause = min(2 * pause, LONGEST_RECOVERY_SECONDS)
+            try:
+                better = self._negotiator.agree(self.handshake)
+            except EagleTargetError as error:
+                logger.debug("%s: no better transport yet: %s", self.url, error)
+                continue
+            if self._take_over(better):
+                logger.info("%s: back on transport %r", self.url, better.transport)
+                return
+            better.end()
+
+    def _take_over(self, better: Agreement) -> bool:
+        """Use an agreement from now on if it is another transport than the present one."""
         with self._lock:
-            if self._channel is forgotten:
-                self._channel = self._channel_id = None
-        forgotten.close()
+            present = self._agreement
+            if self._closed.is_set() or (present is not None and present.transport == better.transport):
+                return False
+            self._settle(better)
+            self._recovering = False
+            if present is not None:
+                self._retire(present)
+        return True
 
     def _renew_offers(self) -> None:
         """Ask again what the server offers: it was restarted, and may listen elsewhere now."""
@@ -232,43 +291,3 @@ class Peer:
         if handshake.fingerprint != self.handshake.fingerprint:
             raise ProtocolError(f"{self.url} serves another target than before: connect again")
         self._handshake = handshake
-
-    def _give_up_channel(self, transport: str, channel_id: str) -> None:
-        path = f"{protocol.TRANSPORTS}/{transport}/channels/{channel_id}"
-        try:
-            self.connection.request("DELETE", path, timeout=GIVE_UP_SECONDS)
-        except EagleTargetError as error:
-            logger.debug("channel %s of %s was not closed: %s", channel_id, self.url, error)
-
-    def _open_channel(self) -> None:
-        offers = self.handshake.transports
-        auto = list(self._transports) == ["auto"]
-        self.refused = {}
-        for transport in self._candidates(offers, auto=auto):
-            reason = None if transport.name in offers else f"{self.url} does not offer it"
-            reason = reason or unusable_reason(transport)
-            if reason is None:
-                options = self._transport_options.get(transport.name, {})
-                checked = build_model(transport.options_model, options, f"options of transport {transport.name!r}")
-                try:
-                    self._channel = transport.connect(checked, offers[transport.name], self)
-                except ConnectError as error:
-                    reason = str(error)
-                    accepted, self._channel_id = self._channel_id, None
-                    if accepted is not None:
-                        self._give_up_channel(transport.name, accepted)
-                else:
-                    self.transport = transport.name
-                    break
-            self.refused[transport.name] = reason
-        if self._channel is None:
-            raise TransportRefused(f"no transport to {self.url} works: {self.refused}, it offers {sorted(offers)}")
-        if self.refused:
-            level = logging.INFO if auto else logging.WARNING
-            logger.log(level, "%s: using transport %r; %s", self.url, self.transport, self.refused)
-
-    def _candidates(self, offers: Mapping[str, object], *, auto: bool) -> list[type[Transport]]:
-        if not auto:
-            return [self._plugins.transports.get(name) for name in self._transports]
-        here = [origin.plugin for origin in self._plugins.transports if origin.plugin.name in offers]
-        return sorted(here, key=lambda transport: -transport.rank)

@@ -87,6 +87,7 @@ class RemoteEagle3TargetModel(RequestingBackend):
                 plugins=plugins,
                 transports=[name.strip() for name in transport.split(",")],
                 transport_options=transport_options or {},
+                device=str(device),
             )
             for url in dict.fromkeys(url.rstrip("/") for url in urls)
         ]
@@ -112,6 +113,7 @@ class RemoteEagle3TargetModel(RequestingBackend):
                     "url": standing.peer.url,
                     "transport": standing.peer.transport,
                     "transports_refused": dict(standing.peer.refused),
+                    "fallbacks": standing.peer.fallbacks,
                     "healthy": standing.failures == 0,
                     "outstanding": standing.outstanding,
                     "last_error": standing.last_error,
@@ -132,19 +134,16 @@ class RemoteEagle3TargetModel(RequestingBackend):
     def _ask(
         self, peer: Peer, rows: TrainerRows, request: SupervisionRequest, head: DraftHead | None
     ) -> Eagle3TargetBatch:
-        assembler = self._assembler(rows, request, head)
-        if self.form.device.type == "cpu":
-            body_bytes = peer.supervise(request, assembler)
-        else:
-            staged = StagedSink(assembler)
-            body_bytes = peer.supervise(request, staged)
-            staged.flush()
+        def make_sink() -> StagedSink:
+            return StagedSink(self._assembler(rows, request, head), self.form.device)
+
+        sink, received = peer.supervise(request, make_sink)
         with torch.no_grad():
-            batch = assembler.finish()
+            batch = sink.finish()
         with self._counting:
             self._traffic["requests"] += 1
             self._traffic["tokens"] += request.tokens
-            self._traffic["bytes_received"] += body_bytes
+            self._traffic["bytes_received"] += received
         return batch
 
     def _fetch_draft_head(self, mapping: VocabMapping) -> DraftHead:

@@ -45,7 +45,7 @@ class TargetApp:
         self.channels = channels
         self.config = config
         self.active = 0
-        self.metrics = metrics.Metrics(server)
+        self.metrics = metrics.Metrics(server, channels)
         self.asgi = Starlette(
             routes=[
                 Route(protocol.HEALTH, self.health),
@@ -57,7 +57,9 @@ class TargetApp:
                 Route(protocol.VOCAB_MAPPINGS + "/{sha256}", self.put_mapping, methods=["PUT"]),
                 Route(protocol.SUPERVISION, self.supervise, methods=["POST"]),
                 Route(protocol.TRANSPORTS + "/{name}/channels", self.open_channel, methods=["POST"]),
+                Route(protocol.TRANSPORTS + "/{name}/channels/{channel}", self.renew_channel, methods=["PUT"]),
                 Route(protocol.TRANSPORTS + "/{name}/channels/{channel}", self.close_channel, methods=["DELETE"]),
+                Route(protocol.TRANSPORTS + "/{name}/channels/{channel}/messages", self.tell_channel, methods=["POST"]),
             ],
             exception_handlers={
                 EagleTargetError: answer_problem,
@@ -151,9 +153,22 @@ class TargetApp:
         channel, answer = await run_in_threadpool(self.channels.open, request.path_params["name"], hello)
         return JSONResponse({**answer, "channel": channel}, status_code=201)
 
+    async def renew_channel(self, request: Request) -> Response:
+        """The client of a channel is alive."""
+        self.channels.find(request.path_params["name"], request.path_params["channel"])
+        return Response(status_code=204)
+
+    async def tell_channel(self, request: Request) -> Response:
+        """A message from the client's end of a channel to the server's."""
+        channel = self.channels.find(request.path_params["name"], request.path_params["channel"])
+        body = await read_body(request, limit=MAX_HELLO_BYTES, timeout=self.config.body_timeout)
+        message = protocol.read_json_object(bytes(body), "the channel's message")
+        return JSONResponse(await run_in_threadpool(channel.answer, message))
+
     async def close_channel(self, request: Request) -> Response:
         """Close a channel."""
-        self.channels.close_channel(request.path_params["name"], request.path_params["channel"])
+        name, channel = request.path_params["name"], request.path_params["channel"]
+        await run_in_threadpool(self.channels.close_channel, name, channel)
         return Response(status_code=204)
 
     async def _answer(self, request: Request) -> Response:
@@ -180,13 +195,19 @@ class TargetApp:
                 status=413,
                 problem="too-many-tokens",
             )
-        supervised = await _wait(self.server.submit(supervision_request), request)
+        supervised = await _wait(self.server.submit(supervision_request, channel.new_tensors), request)
         headers = self._headers(request_id, supervision_request.mapping, supervised)
         metadata = {name: value for name, value in headers.items() if name != protocol.TIMINGS}
         reply = await run_in_threadpool(channel.send, request_id, supervised.tensors, metadata)
+        if reply.moved_bytes:
+            headers[protocol.MOVED_BYTES] = str(reply.moved_bytes)
         self.metrics.count_supervision(
-            tokens=supervision_request.tokens, transport=name, body_bytes=reply.length, timings=supervised.timings
+            tokens=supervision_request.tokens,
+            transport=name,
+            sent_bytes=reply.length + reply.moved_bytes,
+            timings=supervised.timings,
         )
+        self.metrics.count_passed_over(request.headers.get(protocol.PASSED_OVER, ""))
         return TensorResponse(reply, headers, send_timeout=self.config.send_timeout)
 
     def _headers(self, request_id: str, mapping: VocabMapping | None, supervised: Supervised) -> dict[str, str]:

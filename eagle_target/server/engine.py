@@ -11,6 +11,7 @@ import torch
 from eagle_target.errors import ContractError, EagleTargetError, Unavailable
 from eagle_target.info import ServedTarget
 from eagle_target.layers import validate_aux_layer_ids
+from eagle_target.rows import PackedTensors
 from eagle_target.server.forwards import answer_jobs
 from eagle_target.server.jobs import RETRY_SECONDS, Call, Job, JobQueue, Supervised
 from eagle_target.server.mappings import MappingStore
@@ -87,8 +88,10 @@ class TargetModelServer:
         """Requests in the queue."""
         return len(self._queue)
 
-    def submit(self, request: SupervisionRequest) -> Future[Supervised]:
-        """Queue a request; cancel the future to give it up.
+    def submit(
+        self, request: SupervisionRequest, make_tensors: Callable[[], PackedTensors] = PackedTensors
+    ) -> Future[Supervised]:
+        """Queue a request; cancel the future to give it up. `make_tensors` gives the sink its supervision goes to.
 
         Raises:
             ContractError: the target cannot do what is asked.
@@ -100,7 +103,7 @@ class TargetModelServer:
                 f"encoding {request.encoding!r} needs a plain LM head, which this target has not: "
                 f"use one of {list(self.encodings)}"
             )
-        job = Job(request)
+        job = Job(request, make_tensors)
         self._put(job)
         return job.future
 

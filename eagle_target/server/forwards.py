@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from eagle_target.errors import AdapterError, ContractError
-from eagle_target.rows import PackedTensors
 from eagle_target.runner import SupervisingRunner
 from eagle_target.server.jobs import Supervised
 from eagle_target.supervision import check_forward, split_forward, store_supervision
@@ -57,7 +56,7 @@ def release_frames(error: BaseException | None) -> None:
 def _supervise(runner: TargetRunner, jobs: Sequence[Job]) -> None:
     started = time.perf_counter()
     if isinstance(runner, SupervisingRunner):
-        sinks = [PackedTensors() for _ in jobs]
+        sinks = [job.make_tensors() for job in jobs]
         seconds = runner.supervise([job.request for job in jobs], sinks)
         for job, tensors in zip(jobs, sinks, strict=True):
             job.future.set_result(Supervised(tensors, {"queue": started - job.queued_at, **seconds}))
@@ -66,7 +65,7 @@ def _supervise(runner: TargetRunner, jobs: Sequence[Job]) -> None:
     forward_seconds = time.perf_counter() - started
     for job, forward in zip(jobs, forwards, strict=True):
         projecting = time.perf_counter()
-        tensors = PackedTensors()
+        tensors = job.make_tensors()
         store_supervision(runner, job.request, forward, tensors)
         timings = {
             "queue": started - job.queued_at,

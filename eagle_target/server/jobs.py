@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from eagle_target.errors import Overloaded, Unavailable
+from eagle_target.rows import PackedTensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from eagle_target.rows import PackedTensors
     from eagle_target.runner import TargetRunner
     from eagle_target.supervision import SupervisionRequest
 
@@ -31,9 +31,10 @@ class Supervised:
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """A request that waits for the engine."""
+    """A request that waits for the engine. make_tensors: gives the sink its supervision goes to."""
 
     request: SupervisionRequest
+    make_tensors: Callable[[], PackedTensors] = PackedTensors
     future: Future[Supervised] = field(default_factory=Future)
     queued_at: float = field(default_factory=time.perf_counter)
 

@@ -55,7 +55,11 @@ class HttpServer:
         self._socket = _bind(config)
         try:
             self._channels = Channels(
-                load_plugins(), config.transports, config.transport_options, max_channels=config.max_channels
+                load_plugins(),
+                config.transports,
+                config.transport_options,
+                max_channels=config.max_channels,
+                lease=config.channel_lease,
             )
         except BaseException:
             self._socket.close()

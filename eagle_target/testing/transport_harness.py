@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch
 
 from eagle_target import protocol
 from eagle_target.client.connection import ServerConnection
+from eagle_target.client.control import ChannelControl
 from eagle_target.errors import ConnectError
 from eagle_target.options import build_model
 from eagle_target.rows import PackedTensors, RowStore, scattered_store
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
     from eagle_target.supervision import SupervisionRequest
     from eagle_target.transports import (
         ClientChannel,
-        ControlPlane,
         IncomingBody,
         Reply,
         ServerChannel,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         Transport,
     )
 
+BODY_SECONDS = 20.0
 DTYPES = (
     torch.float64,
     torch.float32,
@@ -55,6 +57,7 @@ class MemoryBody:
     def __init__(self, content_type: str, data: bytes | bytearray, length: int | None = None) -> None:
         self.content_type = content_type
         self.length = len(data) if length is None else length
+        self.deadline = time.monotonic() + BODY_SECONDS
         self._left = memoryview(data)
 
     def readinto(self, buffer: memoryview) -> None:
@@ -80,6 +83,7 @@ class WatchedBody:
     def __init__(self, body: IncomingBody, before: Callable[[], None]) -> None:
         self.content_type = body.content_type
         self.length = body.length
+        self.deadline = body.deadline
         self._body = body
         self._before: Callable[[], None] | None = before
 
@@ -124,26 +128,39 @@ class MemoryControl:
     """Opens channels on an endpoint of this process; what is said goes through JSON, as it does over HTTP."""
 
     endpoint: ServerEndpoint
+    address: str = "127.0.0.1"
+    device: str = "cpu"
+    target_device: str = "cpu"
     accepted: list[ServerChannel] = field(default_factory=list)
 
-    def open_channel(self, transport: str, hello: Mapping[str, Any]) -> Mapping[str, Any]:  # noqa: ARG002
+    def open_channel(self, hello: Mapping[str, Any]) -> Mapping[str, Any]:
         """Have the endpoint accept."""
-        channel, answer = self.endpoint.accept(json.loads(json.dumps(dict(hello))))
+        channel, answer = self.endpoint.accept(_through_json(hello))
         self.accepted.append(channel)
-        reply: dict[str, Any] = json.loads(json.dumps(answer))
-        return reply
+        return _through_json(answer)
+
+    def tell(self, message: Mapping[str, Any], *, timeout: float | None = None) -> Mapping[str, Any]:  # noqa: ARG002
+        """Have the channel answer."""
+        return _through_json(self.accepted[0].answer(_through_json(message)))
+
+
+def _through_json(content: Mapping[str, Any]) -> dict[str, Any]:
+    parsed: dict[str, Any] = json.loads(json.dumps(dict(content)))
+    return parsed
 
 
 class ChannelPair:
     """The two ends of one channel, joined without HTTP."""
 
-    def __init__(self, transport: type[Transport], endpoint: ServerEndpoint, options: Mapping[str, Any]) -> None:
-        control = MemoryControl(endpoint)
+    def __init__(
+        self, transport: type[Transport], endpoint: ServerEndpoint, options: Mapping[str, Any], *, device: str = "cpu"
+    ) -> None:
+        control = MemoryControl(endpoint, device=device, target_device=device)
         checked = build_model(transport.options_model, options, f"options of transport {transport.name!r}")
         offer = json.loads(json.dumps(endpoint.offer()))
         self.client: ClientChannel = transport.connect(checked, offer, control)
         if transport.connectionless:
-            control.open_channel(transport.name, {})
+            control.open_channel({})
         if len(control.accepted) != 1:
             raise AssertionError(f"{transport.name} opened {len(control.accepted)} channels, one is expected")
         self.server: ServerChannel = control.accepted[0]
@@ -169,27 +186,21 @@ class ServerClient:
     def __init__(self, url: str, transport: type[Transport], options: Mapping[str, Any], *, timeout: float) -> None:
         self._connection = ServerConnection(url, timeout=timeout, max_connections=2)
         self._name = transport.name
-        self._channel_id: str | None = None
         self._next_id = iter(range(1 << 30))
         self._lock = threading.Lock()
         handshake = protocol.read_handshake(self._connection.request_json("GET", protocol.TARGET))
         checked = build_model(transport.options_model, options, f"options of transport {transport.name!r}")
-        control: ControlPlane = self
-        self.channel = transport.connect(checked, handshake.transports[transport.name], control)
-
-    def open_channel(self, transport: str, hello: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Have the server accept a channel."""
-        path = f"{protocol.TRANSPORTS}/{transport}/channels"
-        answer = protocol.read_json_object(self._connection.request_json("POST", path, hello), "the answer")
-        self._channel_id = answer.pop("channel")
-        return answer
+        self._control = ChannelControl(
+            self._connection, transport.name, device="cpu", target_device=handshake.target.device
+        )
+        self.channel = transport.connect(checked, handshake.transports[transport.name], self._control)
 
     def ask(self, request: SupervisionRequest) -> ResponseBody:
         """Ask for supervision and return the answer's body, unread."""
         with self._lock:
             headers = {protocol.REQUEST_ID: f"test-{next(self._next_id)}", protocol.TRANSPORT: self._name}
-        if self._channel_id is not None:
-            headers[protocol.CHANNEL] = self._channel_id
+        if self._control.channel_id is not None:
+            headers[protocol.CHANNEL] = self._control.channel_id
         return self._connection.request("POST", protocol.SUPERVISION, protocol.encode_request(request), headers)
 
     def receive(self, body: IncomingBody, sink: Sink) -> dict[str, str]:
@@ -203,6 +214,7 @@ class ServerClient:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.channel.close()
+        self._control.give_up()
         self._connection.close()
 
 

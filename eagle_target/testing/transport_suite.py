@@ -46,7 +46,7 @@ class TransportSuite:
 
     def join(self, endpoint: ServerEndpoint) -> ChannelPair:
         """Open a channel on an endpoint."""
-        return ChannelPair(self.transport, endpoint, self.options)
+        return ChannelPair(self.transport, endpoint, self.options, device=self.device)
 
     def tensor(self, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
         """Random bits on the suite's device."""

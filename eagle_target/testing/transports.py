@@ -143,7 +143,7 @@ class TransportChannelConformance(TransportSuite):
         tensors = {"rows": self.tensor(256, 1024)}
         expected = {"rows": tensors["rows"].clone()}
         reply = pair.server.send("t", tensors, {})
-        tensors.clear()
+        del tensors
         gc.collect()
         random_tensor((256, 1024), torch.float32, seed=1)
         received = PackedTensors()

@@ -101,6 +101,7 @@ def test_facts_about_the_target(server: HttpServer) -> None:
             "url": server.url,
             "transport": "wire",
             "transports_refused": {},
+            "fallbacks": 0,
             "healthy": True,
             "outstanding": 0,
             "last_error": None,
@@ -499,6 +500,9 @@ def test_a_batch_that_waits_its_turn_can_be_cancelled() -> None:
             futures[-1].result(SOON_SECONDS)
 
 
+SERVER_THREADS = ("eagle-target-http", "eagle-target-engine", "eagle-target-leases")
+
+
 @pytest.mark.parametrize("transport", ["wire", "inprocess"])
 def test_closing_ends_what_is_under_way(transport: str) -> None:
     runner = TestRunner()
@@ -521,7 +525,7 @@ def test_closing_ends_what_is_under_way(transport: str) -> None:
             not any(
                 thread.name.startswith("eagle-target")
                 for thread in threading.enumerate()
-                if thread.name != "eagle-target-http" and thread.name != "eagle-target-engine"
+                if thread.name not in SERVER_THREADS
             )
         )
     )

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from eagle_target.rows import Sink
     from eagle_target.transports import ControlPlane, IncomingBody
 
-    Parcel = tuple[dict[str, torch.Tensor], dict[str, str]]
+    Parcel = tuple[Mapping[str, torch.Tensor], dict[str, str]]
 
 CONTENT_TYPE = "application/vnd.eagle-target.inprocess+json"
 MAX_BODY_BYTES = 4096
@@ -88,7 +88,7 @@ class InProcessTransport(Transport):
         """Start the client's end, if the server is in this process."""
         if offer.get("process") != process_identity():
             raise ConnectError("the server runs in another process: use transport 'wire', or load the target here")
-        answer = control.open_channel(cls.name, {"process": process_identity()})
+        answer = control.open_channel({"process": process_identity()})
         shelf = SHELVES.get(str(answer.get("shelf")))
         if shelf is None:
             raise ConnectError(f"the server named no shelf of this process: {dict(answer)}")
@@ -119,8 +119,9 @@ class InProcessServerChannel(ServerChannel):
 
     def send(self, transfer_id: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Reply:
         """Lay the tensors down and tell the client under which id."""
-        self._shelf.lay(transfer_id, (dict(tensors), dict(metadata)))
-        return Reply(CONTENT_TYPE, [memoryview(json.dumps({"transfer_id": transfer_id}).encode())])
+        self._shelf.lay(transfer_id, (tensors, dict(metadata)))
+        moved = sum(tensor.nbytes for tensor in tensors.values())
+        return Reply(CONTENT_TYPE, [memoryview(json.dumps({"transfer_id": transfer_id}).encode())], moved)
 
     def close(self) -> None:
         """Clear the shelf."""

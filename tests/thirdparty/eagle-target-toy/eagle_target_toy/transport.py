@@ -62,7 +62,7 @@ class ToyFileTransport(Transport):
         root = Path(str(offer.get("root")))
         if _read_nonce(root) != offer.get("nonce"):
             raise ConnectError(f"this machine does not see the server's folder {root}: use transport 'wire'")
-        answer = control.open_channel(cls.name, {"nonce": offer["nonce"]})
+        answer = control.open_channel({"nonce": offer["nonce"]})
         return ToyFileClientChannel(root / Path(str(answer.get("folder"))).name)
 
 
