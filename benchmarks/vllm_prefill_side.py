@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks.processes import answer_commands
+from eagle_target.layers import default_eagle3_aux_layer_ids
 from eagle_target.rows import PackedTensors
 from eagle_target.supervision import SupervisionRequest, compute_supervision
 from eagle_target.testing.tiny import shuffled_mapping
@@ -24,21 +25,20 @@ if TYPE_CHECKING:
 
 VOCAB = 32_000
 DRAFT_VOCAB = 8_000
-LAYERS = 24
-AUX = (1, 11, 20)
-LENGTHS = (384, 128, 256, 320, 192, 256, 384, 128)
+LENGTHS = (192, 64, 128, 160, 96, 128, 192, 64)
 KV_CACHE_BYTES = 512 << 20
+MAX_BATCHED_TOKENS = 2048
 
 
-def save_target(folder: Path) -> None:
-    """Write a random Llama of 181 million parameters, of which the head has 25."""
+def save_target(folder: Path, layers: int) -> None:
+    """Write a random Llama of 8.65 million parameters a layer and 24.6 million of the head."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=LAYERS,
+        intermediate_size=3072,
+        num_hidden_layers=layers,
         num_attention_heads=12,
         num_key_value_heads=4,
         max_position_embeddings=2048,
@@ -66,7 +66,7 @@ def engine_arguments(folder: str) -> dict[str, Any]:
         "dtype": "float32",
         "skip_tokenizer_init": True,
         "kv_cache_memory_bytes": KV_CACHE_BYTES,
-        "max_num_batched_tokens": 2048,
+        "max_num_batched_tokens": MAX_BATCHED_TOKENS,
         "enable_prefix_caching": False,
         "disable_log_stats": True,
     }
@@ -80,10 +80,11 @@ def generate_one(engine: Any, request: SupervisionRequest) -> None:
     engine.generate(prompts, SamplingParams(max_tokens=1, temperature=0.0, detokenize=False), use_tqdm=False)
 
 
-def prepare_plain(folder: str) -> Callable[[SupervisionRequest], float]:
+def prepare_plain(folder: str, layers: int) -> Callable[[SupervisionRequest], float]:
     """Plain vLLM as it comes, compiled: one generated token a prompt."""
     from vllm import LLM
 
+    del layers
     engine = LLM(**engine_arguments(folder))
 
     def run(request: SupervisionRequest) -> float:
@@ -93,13 +94,15 @@ def prepare_plain(folder: str) -> Callable[[SupervisionRequest], float]:
     return run
 
 
-def prepare_adapter(folder: str, engine: str) -> Callable[[SupervisionRequest], float]:
+def prepare_adapter(folder: str, layers: int, engine: str) -> Callable[[SupervisionRequest], float]:
     """An adapter of this project."""
     from eagle_target.targets import load_runner
 
-    vllm_options = {"kv_cache_memory_bytes": KV_CACHE_BYTES, "max_num_batched_tokens": 2048}
-    runner = load_runner(engine, folder, {"dtype": "float32", **(vllm_options if engine == "vllm" else {})})
-    runner.set_aux_layers(AUX)
+    vllm_options = {"kv_cache_memory_bytes": KV_CACHE_BYTES, "max_num_batched_tokens": MAX_BATCHED_TOKENS}
+    options = {"dtype": "float32", **(vllm_options if engine == "vllm" else {})}
+    aux_layer_ids = default_eagle3_aux_layer_ids(layers)
+    runner = load_runner(engine, folder, options, aux_layer_ids)
+    runner.set_aux_layers(aux_layer_ids)
 
     def run(request: SupervisionRequest) -> float:
         sink = PackedTensors()
@@ -109,7 +112,7 @@ def prepare_adapter(folder: str, engine: str) -> Callable[[SupervisionRequest], 
     return run
 
 
-def prepare_reference(folder: str) -> Callable[[SupervisionRequest], float]:
+def prepare_reference(folder: str, layers: int) -> Callable[[SupervisionRequest], float]:
     """The reference's way: a file a sample through the connector, the head rebuilt outside from the checkpoint.
 
     vLLM's own file connector needs CUDA streams, so ours hands the states over and this writes them.
@@ -119,7 +122,7 @@ def prepare_reference(folder: str) -> Callable[[SupervisionRequest], float]:
     from vllm import LLM
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-    engine = LLM(**engine_arguments(folder), **connector_arguments(AUX, LAYERS))
+    engine = LLM(**engine_arguments(folder), **connector_arguments(default_eagle3_aux_layer_ids(layers), layers))
     files = Path(tempfile.mkdtemp(prefix="states-", dir=folder))
     saved: list[str] = []
 
@@ -168,7 +171,7 @@ def _project(
     return float(torch.logsumexp(logits, -1)[mask].sum())
 
 
-SIDES: dict[str, Callable[[str], Callable[[SupervisionRequest], float]]] = {
+SIDES: dict[str, Callable[[str, int], Callable[[SupervisionRequest], float]]] = {
     "plain": prepare_plain,
     "ours": partial(prepare_adapter, engine="vllm"),
     "hf": partial(prepare_adapter, engine="hf"),
@@ -178,13 +181,13 @@ SIDES: dict[str, Callable[[str], Callable[[SupervisionRequest], float]]] = {
 
 def main() -> None:
     """Answer `save`, or load a side and answer `run`."""
-    side, folder = sys.argv[1:]
+    side, folder, layers = sys.argv[1], sys.argv[2], int(sys.argv[3])
     if side == "save":
-        save_target(Path(folder))
+        save_target(Path(folder), layers)
         answer_commands({})
         return
     request = draw_request()
-    run_prompts = SIDES[side](folder)
+    run_prompts = SIDES[side](folder, layers)
 
     def run() -> dict[str, Any]:
         started = time.perf_counter()

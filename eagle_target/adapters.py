@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 from eagle_target.options import PluginOptions
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from eagle_target.runner import TargetRunner
 
 
@@ -32,13 +34,16 @@ class Adapter(ABC):
 
     @classmethod
     @abstractmethod
-    def load(cls, model: str, options: PluginOptions) -> TargetRunner:
+    def load(cls, model: str, options: PluginOptions, aux_layer_ids: Sequence[int] | None = None) -> TargetRunner:
         """Load a target.
 
         Args:
             model: a path or a hub id.
             options: an instance of `options_model`.
+            aux_layer_ids: the layers `set_aux_layers` will be called with, for an engine that compiles them in; None
+                for the default of `layers.default_eagle3_aux_layer_ids`. Other engines leave them to `set_aux_layers`.
 
         Raises:
             AdapterError: the engine refused, with its message kept.
+            ContractError: layers that are to be compiled in and that the target has not.
         """

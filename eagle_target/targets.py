@@ -17,8 +17,14 @@ if TYPE_CHECKING:
     from eagle_target.runner import TargetRunner
 
 
-def load_runner(engine: str, model: str, options: Mapping[str, Any]) -> TargetRunner:
+def load_runner(
+    engine: str, model: str, options: Mapping[str, Any], aux_layer_ids: Sequence[int] | None = None
+) -> TargetRunner:
     """Load a target under an engine.
+
+    Args:
+        engine: an adapter's name. model: a path or a hub id. options: the adapter's.
+        aux_layer_ids: layers that will be captured; None for the default. `set_aux_layers` is still to be called.
 
     Raises:
         PluginError: no such adapter. ConfigError: wrong options. AdapterError: the engine cannot run or refused.
@@ -29,7 +35,7 @@ def load_runner(engine: str, model: str, options: Mapping[str, Any]) -> TargetRu
     if reason is not None:
         raise AdapterError(reason)
     try:
-        return adapter.load(model, checked)
+        return adapter.load(model, checked, aux_layer_ids)
     except EagleTargetError:
         raise
     except Exception as error:
@@ -47,8 +53,12 @@ def load_target(
     """Load a target into this process; `target_options` are those of `RunnerEagle3TargetModel`."""
     from eagle_target.colocated import RunnerEagle3TargetModel
 
-    runner = load_runner(engine, model, engine_options or {})
-    return RunnerEagle3TargetModel(runner, aux_layer_ids, **target_options)
+    runner = load_runner(engine, model, engine_options or {}, aux_layer_ids)
+    try:
+        return RunnerEagle3TargetModel(runner, aux_layer_ids, **target_options)
+    except BaseException:
+        runner.close()
+        raise
 
 
 def open_target(config: ClientConfig) -> Eagle3TargetBackend:
@@ -67,7 +77,6 @@ def open_target(config: ClientConfig) -> Eagle3TargetBackend:
             f"model={config.model!r}"
         )
     target_options: dict[str, Any] = {
-        "encoding": config.encoding,
         "rows": config.rows,
         "probs_dtype": getattr(torch, config.probs_dtype),
         "device": config.device,
@@ -81,6 +90,8 @@ def open_target(config: ClientConfig) -> Eagle3TargetBackend:
             config.model,
             aux_layer_ids=config.aux_layer_ids,
             engine_options=config.engine_options,
+            # Nothing travels, and the head is here.
+            encoding="probs" if config.encoding == "auto" else config.encoding,
             **target_options,
         )
     else:
@@ -88,6 +99,13 @@ def open_target(config: ClientConfig) -> Eagle3TargetBackend:
 
         target = RemoteEagle3TargetModel.from_urls(
             config.urls,
+            token=None if config.token is None else config.token.get_secret_value(),
+            token_file=config.token_file,
+            ca_file=config.ca_file,
+            client_cert=config.client_cert,
+            client_key=config.client_key,
+            checksum=config.checksum,
+            encoding=config.encoding,
             transport=config.transport,
             transport_options=config.transport_options,
             timeout=config.timeout,

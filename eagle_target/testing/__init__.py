@@ -12,6 +12,7 @@ if "pytest" in sys.modules:
         "adapters",
         "adapter_contract",
         "adapter_oracle",
+        "adapter_served",
         "adapter_suite",
         "transports",
         "transport_harness",

@@ -99,7 +99,7 @@ class AdapterContractConformance(AdapterSuite):
             target.runner.set_aux_layers(aux_layer_ids)
 
     def test_a_shallow_target_needs_its_layers_named(self, tmp_path: Path) -> None:
-        loaded = self.load_both(self.make_checkpoint(tmp_path / "shallow", layers=3))
+        loaded = self.load_both(self.make_checkpoint(tmp_path / "shallow", layers=3), (0, 1, 2))
         try:
             with pytest.raises(ContractError, match="too shallow"):
                 RunnerEagle3TargetModel(loaded.runner)
@@ -124,7 +124,7 @@ class AdapterContractConformance(AdapterSuite):
             RunnerEagle3TargetModel(target.runner, AUX, encoding="logits").generate_batch(**given.arguments())
 
     def test_close_twice_and_then_nothing_runs(self, tmp_path: Path) -> None:
-        runner = self.load(self.make_checkpoint(tmp_path / "closing", layers=3))
+        runner = self.load(self.make_checkpoint(tmp_path / "closing", layers=3), aux_layer_ids=(0, 1, 2))
         runner.set_aux_layers((0, 1, 2))
         runner.close()
         runner.close()
@@ -153,7 +153,7 @@ class AdapterServerConformance(AdapterSuite):
             except BaseException as failure:  # noqa: BLE001 - shown by the test's own thread
                 failures.append(failure)
 
-        with loopback_server(lambda: self.load(target.checkpoint), aux_layer_ids=AUX) as server:
+        with loopback_server(lambda: self.load(target.checkpoint, aux_layer_ids=AUX), aux_layer_ids=AUX) as server:
             threads = [threading.Thread(target=train, args=(server.url, seed)) for seed in (1, 2)]
             for thread in threads:
                 thread.start()
@@ -166,7 +166,7 @@ class AdapterServerConformance(AdapterSuite):
     def test_every_encoding_the_server_offers(self, target: LoadedTarget) -> None:
         given = padded_input([9, 4, 14], target.oracle.vocab_size)
         mapping = shuffled_mapping(target.oracle.vocab_size, DRAFT_VOCAB)
-        with loopback_server(lambda: self.load(target.checkpoint), aux_layer_ids=AUX) as server:
+        with loopback_server(lambda: self.load(target.checkpoint, aux_layer_ids=AUX), aux_layer_ids=AUX) as server:
             for encoding in server.engine.encodings:
                 with RemoteEagle3TargetModel.from_urls([server.url], encoding=encoding, transport="wire") as client:  # type: ignore[arg-type]
                     client.set_vocab_mapping(mapping)

@@ -30,12 +30,18 @@ class OracleStates:
 
 
 class HFOracle:
-    """A checkpoint under transformers: one full forward for each sequence, nothing padded, packed or cached."""
+    """A checkpoint under transformers: one full forward for each sequence, nothing padded, packed or cached.
 
-    def __init__(self, checkpoint: Path) -> None:
+    Args:
+        checkpoint: its folder. dtype: as torch spells it; `auto` for the checkpoint's.
+        attention: of transformers' implementations; None for its own choice.
+    """
+
+    def __init__(self, checkpoint: Path, *, dtype: str = "auto", attention: str | None = None) -> None:
         from transformers import AutoModelForCausalLM
 
-        self.model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, attn_implementation=attention)
+        self.model: Any = model.eval()
         self.num_layers = int(self.model.config.num_hidden_layers)
         self.vocab_size = int(self.model.config.vocab_size)
         self.hidden_size = int(self.model.config.hidden_size)
@@ -71,6 +77,11 @@ class HFOracle:
             output.hidden_states[-1][0].float(),
             output.logits[0].float(),
         )
+
+
+def relative_error(given: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference, relative to the norm."""
+    return float((given.detach().cpu().float() - expected).norm() / expected.norm())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

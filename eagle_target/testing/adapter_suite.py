@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 AUX = (0, 3, 5)
 DRAFT_VOCAB = 48
 RAGGED = (1, 2, 3, 5, 8, 13, 21, 34, 1, 7)
+# Enough that a mean over them says how well a computation rounds.
+MANY_TOKENS = (257, 33, 1, 400, 128, 205)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +75,15 @@ class AdapterSuite:
         return save_tiny_target(folder, **{"dtype": cls.dtype, **sizes})
 
     @classmethod
-    def load(cls, checkpoint: Path, **more_options: Any) -> TargetRunner:
+    def load(cls, checkpoint: Path, *, aux_layer_ids: Sequence[int] | None = None, **more_options: Any) -> TargetRunner:
         """Load a checkpoint as `eagle-target serve` does."""
         options = build_model(cls.adapter.options_model, {**cls.options, **more_options}, "options")
-        return cls.adapter.load(str(checkpoint), options)
+        return cls.adapter.load(str(checkpoint), options, aux_layer_ids)
 
     @classmethod
-    def load_both(cls, checkpoint: Path) -> LoadedTarget:
+    def load_both(cls, checkpoint: Path, aux_layer_ids: Sequence[int] | None = None) -> LoadedTarget:
         """Load a checkpoint under the adapter and under transformers."""
-        return LoadedTarget(checkpoint, cls.load(checkpoint), HFOracle(checkpoint))
+        return LoadedTarget(checkpoint, cls.load(checkpoint, aux_layer_ids=aux_layer_ids), HFOracle(checkpoint))
 
     @pytest.fixture(scope="class")
     @classmethod

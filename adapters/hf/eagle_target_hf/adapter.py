@@ -10,6 +10,8 @@ from eagle_target.errors import ConfigError
 from eagle_target_hf.options import HFOptions
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from eagle_target.options import PluginOptions
     from eagle_target_hf.runner import HFTargetRunner
 
@@ -34,13 +36,15 @@ class HFAdapter(Adapter):
         return None if cls.engine_version() else "transformers is not installed: pip install eagle-target-hf"
 
     @classmethod
-    def load(cls, model: str, options: PluginOptions) -> HFTargetRunner:
+    def load(cls, model: str, options: PluginOptions, aux_layer_ids: Sequence[int] | None = None) -> HFTargetRunner:
         """Load a path or a hub id.
 
         Raises:
             ConfigError: options of another adapter.
             AdapterError: transformers refused, with its message kept.
         """
+        # Captured by hooks of a forward: nothing of them is fixed at load.
+        del aux_layer_ids
         if not isinstance(options, HFOptions):
             raise ConfigError(f"adapter 'hf' takes HFOptions, got {type(options).__name__}")
         from eagle_target_hf.loading import load_model

@@ -72,7 +72,7 @@ class HFEagle3TargetModel(RunnerEagle3TargetModel):
             AdapterError: transformers refused, with its message kept.
         """
         settings = build_model(HFOptions, _with_dtype_name(options), "options of adapter 'hf'")
-        runner = HFAdapter.load(str(model_path), settings)
+        runner = HFAdapter.load(str(model_path), settings, aux_layer_ids)
         return cls(runner, aux_layer_ids, encoding=encoding, rows=rows, probs_dtype=probs_dtype)
 
 

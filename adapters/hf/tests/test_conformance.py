@@ -1,4 +1,4 @@
-"""The hf adapter passes the suite that every adapter passes."""
+"""The hf adapter passes the suites that every adapter passes, in this process and served from another."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ from typing import ClassVar
 
 from eagle_target_hf import HFAdapter
 
+from eagle_target.testing.adapter_served import ServedAdapterConformance
 from eagle_target.testing.adapters import AdapterConformance, BFloat16Adapter
 
 
 class TestHFAdapter(AdapterConformance, BFloat16Adapter):
+    adapter = HFAdapter
+    options: ClassVar[dict[str, str]] = {"device": "cpu"}
+
+
+class TestHFAdapterServed(ServedAdapterConformance):
     adapter = HFAdapter
     options: ClassVar[dict[str, str]] = {"device": "cpu"}

@@ -10,6 +10,8 @@ from eagle_target_sglang.options import SGLangOptions
 from eagle_target_sglang.versions import installed_version
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from eagle_target.options import PluginOptions
     from eagle_target.runner import TargetRunner
 
@@ -33,13 +35,15 @@ class SGLangAdapter(Adapter):
         return 'sglang is not installed: pip install "eagle-target-sglang[sglang]"'
 
     @classmethod
-    def load(cls, model: str, options: PluginOptions) -> TargetRunner:
+    def load(cls, model: str, options: PluginOptions, aux_layer_ids: Sequence[int] | None = None) -> TargetRunner:
         """Load a path or a hub id, in this process or in processes of its own.
 
         Raises:
             ConfigError: options of another adapter, or an argument that the installed SGLang has not.
             AdapterError: SGLang refused, a rank ended, or the self-check failed.
         """
+        # Layers can be changed before any forward: nothing of them is fixed at load.
+        del aux_layer_ids
         if not isinstance(options, SGLangOptions):
             raise ConfigError(f"adapter 'sglang' takes SGLangOptions, got {type(options).__name__}")
         if options.runs_in_process:

@@ -9,6 +9,7 @@ import json
 import mmap
 import os
 import socket
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,16 +20,37 @@ from eagle_target.rows import RowStore
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from eagle_target_sglang.pinned import PinnedCopier
+
 LENGTH_BYTES = 8
 # The kernel passes at most 253 descriptors at once.
 FDS_AT_ONCE = 200
 
 
-class SharedTensors(dict[str, torch.Tensor]):
-    """A sink whose tensors lie in shared memory, by name; sending it copies none of them."""
+@dataclass(frozen=True, slots=True)
+class DeviceRows(RowStore):
+    """Rows on the CPU that are written from a device, where there is one."""
 
-    def __init__(self) -> None:
+    copier: PinnedCopier | None = None
+
+    def write(self, start: int, rows: torch.Tensor) -> None:
+        """Store `[m, ...]` as rows start to start + m, converted to the store's dtype."""
+        if self.copier is None or rows.device.type == "cpu":
+            RowStore.write(self, start, rows)
+        else:
+            self.copier.copy(self.out[start : start + len(rows)], rows)
+
+
+class SharedTensors(dict[str, torch.Tensor]):
+    """A sink whose tensors lie in shared memory, by name; sending it copies none of them.
+
+    Args:
+        copier: brings tensors of a device here; None where all are on the CPU.
+    """
+
+    def __init__(self, copier: PinnedCopier | None = None) -> None:
         super().__init__()
+        self._copier = copier
         self.descriptors: dict[str, int] = {}
 
     def allocate(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> RowStore:
@@ -38,7 +60,7 @@ class SharedTensors(dict[str, torch.Tensor]):
         self.descriptors[name] = descriptor
         os.ftruncate(descriptor, max(1, bytes_needed))
         self[name] = _map(descriptor, tuple(shape), dtype)
-        return RowStore(self[name])
+        return DeviceRows(self[name], copier=self._copier)
 
     def put(self, name: str, rows: torch.Tensor) -> None:
         """Copy a whole tensor into shared memory."""
@@ -52,9 +74,9 @@ class SharedTensors(dict[str, torch.Tensor]):
         self.clear()
 
 
-def share(tensors: Mapping[str, torch.Tensor]) -> SharedTensors:
-    """Copy tensors into shared memory."""
-    shared = SharedTensors()
+def share(tensors: Mapping[str, torch.Tensor], copier: PinnedCopier | None = None) -> SharedTensors:
+    """Copy tensors into shared memory, those of a device with a copier."""
+    shared = SharedTensors(copier)
     for name, tensor in tensors.items():
         shared.put(name, tensor)
     return shared

@@ -17,6 +17,7 @@ from eagle_target.vocabulary import VocabMapping
 from eagle_target_sglang.loading import load_in_process
 from eagle_target_sglang.messages import SharedTensors, share
 from eagle_target_sglang.options import SGLangOptions
+from eagle_target_sglang.pinned import PinnedCopier
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -37,6 +38,7 @@ class RankCommands:
         self._runner: SGLangTargetRunner | None = None
         self._answers = True
         self._mappings: dict[str, VocabMapping] = {}
+        self._copier: PinnedCopier | None = None
 
     def handle(self, header: dict[str, Any], tensors: Tensors) -> Result:
         """Run one command."""
@@ -52,6 +54,8 @@ class RankCommands:
         # The other ranks take part in every forward and have nothing to say.
         self._answers = header["rank"] == 0
         self._runner = load_in_process(header["model"], options, rank=header["rank"], port=header["port"])
+        device = torch.device(self._runner.info.device)
+        self._copier = None if device.type == "cpu" else PinnedCopier(device)
         return {"info": self._runner.info.model_dump(mode="json"), "limits": _limits(self._runner)}, None
 
     def _set_aux_layers(self, runner: SGLangTargetRunner, header: dict[str, Any], tensors: Tensors) -> Result:
@@ -89,7 +93,7 @@ class RankCommands:
             )
             check_forward(forward, sum(request.tokens for request in requests), runner.info)
             forward_seconds = time.perf_counter() - started
-            shared = SharedTensors()
+            shared = SharedTensors(self._copier)
             for index, (request, part) in enumerate(
                 zip(requests, split_forward(forward, [request.tokens for request in requests]), strict=True)
             ):
@@ -117,7 +121,7 @@ class RankCommands:
         )
 
     def _give(self, tensors: Tensors) -> Result:
-        return {}, share(tensors) if self._answers else None
+        return {}, share(tensors, self._copier) if self._answers else None
 
 
 _COMMANDS: dict[str, Callable[[RankCommands, SGLangTargetRunner, dict[str, Any], Tensors], Result]] = {

@@ -27,6 +27,8 @@ POLL_SECONDS = 0.5
 # What the others get to answer once one has failed: they may wait for it in a collective, for ever.
 GRACE_SECONDS = 10.0
 CLOSE_SECONDS = 10.0
+# Between the end of a rank's socket and its exit status: a process with torch in it takes a while to end.
+EXIT_SECONDS = 5.0
 RANK_MODULE = "eagle_target_sglang.rank"
 
 
@@ -139,9 +141,9 @@ class RankGroup:
     def _describe_end(self, rank: int) -> str:
         process = self._processes[rank]
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(1.0)
+            process.wait(EXIT_SECONDS)
         status = process.returncode
-        how = f"exit status {status}"
+        how = "its socket" if status is None else f"exit status {status}"
         if status is not None and status < 0:
             how = f"signal {signal.Signals(-status).name}"
         return (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager, nullcontext
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +20,7 @@ from eagle_target_sglang.head import Head, input_embedding_weight
 from eagle_target_sglang.versions import installed_version
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from eagle_target_sglang.options import SGLangOptions
 
@@ -87,31 +89,26 @@ class SGLangTargetRunner:
             raise AdapterError(f"seq_lens add up to {sum(seq_lens)}, input_ids has {len(input_ids)}")
         groups = list(self.limits.split(seq_lens))
         rows = [ids.tolist() for ids in torch.split(input_ids.cpu(), list(seq_lens))]
-        with engine_call("the target's forward", self._device):
-            parts = [self._forward(model_runner, [rows[index] for index in group]) for group in groups]
-            if len(parts) == 1:
-                return parts[0]
-            return TargetForward(
-                aux_hidden_states=torch.cat([part.aux_hidden_states for part in parts]),
-                last_hidden_states=torch.cat([part.last_hidden_states for part in parts]),
-            )
+        with self._engine("the target's forward"):
+            parts = (self._forward(model_runner, [rows[index] for index in group]) for group in groups)
+            return next(parts) if len(groups) == 1 else _join(parts, len(input_ids))
 
     def compute_logits(self, last_hidden_states: torch.Tensor) -> torch.Tensor:
         """See `TargetRunner.compute_logits`; float32."""
         self._open()
-        with engine_call("the target's head", self._device):
+        with self._engine("the target's head"):
             return self._head.compute_logits(last_hidden_states.to(self._device))
 
     def input_embedding_weight(self) -> torch.Tensor:
         """See `TargetRunner.input_embedding_weight`."""
         model_runner = self._open()
-        with engine_call("reading the input embedding", self._device):
+        with self._engine("reading the input embedding"):
             return input_embedding_weight(model_runner.model, self._info.vocab_size, self._tp_size)
 
     def draft_head(self, token_ids: torch.Tensor) -> DraftHead | None:
         """See `TargetRunner.draft_head`; a copy of the rows."""
         self._open()
-        with engine_call("reading the LM head", self._device):
+        with self._engine("reading the LM head"):
             return self._head.draft_head(token_ids) if self._draft_head_agrees else None
 
     def close(self) -> None:
@@ -136,7 +133,7 @@ class SGLangTargetRunner:
         rows = [
             torch.randint(0, self._info.vocab_size, (length,), generator=generator).tolist() for length in PROBE_LENGTHS
         ]
-        with engine_call("the first forward", self._device):
+        with self._engine("the first forward"):
             forward = self._forward(self._model_runner, rows)
             head = Head(
                 self._capture.processor,
@@ -146,10 +143,31 @@ class SGLangTargetRunner:
             )
             return head, head.draft_head_agrees(forward.last_hidden_states)
 
+    @contextmanager
+    def _engine(self, what: str) -> Iterator[None]:
+        # Each thread has a current CUDA device of its own, and kernels are launched on it.
+        current = torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+        with current, engine_call(what, self._device):
+            yield
+
     def _open(self) -> Any:
         if self._model_runner is None:
             raise AdapterError(f"the target {self._info.model} is closed: load it again")
         return self._model_runner
+
+
+def _join(parts: Iterator[TargetForward], tokens: int) -> TargetForward:
+    """Forwards one after another as one; besides it, no more than three parts are held."""
+    first = next(parts)
+    aux = first.aux_hidden_states.new_empty(tokens, first.aux_hidden_states.shape[1])
+    last = first.last_hidden_states.new_empty(tokens, first.last_hidden_states.shape[1])
+    start = 0
+    for part in chain((first,), parts):
+        end = start + len(part.last_hidden_states)
+        aux[start:end] = part.aux_hidden_states
+        last[start:end] = part.last_hidden_states
+        start = end
+    return TargetForward(aux_hidden_states=aux, last_hidden_states=last)
 
 
 def _device_of(model_runner: Any) -> torch.device:

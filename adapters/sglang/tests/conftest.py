@@ -1,6 +1,6 @@
 """Tests of the sglang adapter: without a mark they need no SGLang; `engine_sglang` runs the real one on the CPU.
 
-Asking for a mark that cannot run fails, it does not skip.
+`gpu` runs it on CUDA, in a run of its own (`-m gpu`). Asking for a mark that cannot run fails, it does not skip.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ OPTIONAL_MARKS = ("engine_sglang", "gpu")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Read when SGLang is imported, here or in a rank.
-    os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
@@ -34,13 +32,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True, scope="session")
-def warm_ranks(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fork ranks from one process that has imported SGLang, which takes 20 seconds; fail where there is none."""
-    if not any("engine_sglang" in item.keywords for item in request.session.items):
+def engine(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Ready the environment for the real SGLang; fail where there is none.
+
+    On the CPU ranks are forked from one process that has imported it, which takes 20 seconds; CUDA survives no fork.
+    """
+    marks = {mark for item in request.session.items for mark in OPTIONAL_MARKS if mark in item.keywords}
+    if "engine_sglang" not in marks:
         yield
         return
     reason = SGLangAdapter.unusable_reason()
     assert reason is None, reason
-    with WarmRanks() as warm, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ranks, "start_process", warm.start)
+    if "gpu" in marks:
         yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        # Both are read when SGLang is imported, here or in a rank.
+        patch.setenv("SGLANG_USE_CPU_ENGINE", os.environ.get("SGLANG_USE_CPU_ENGINE", "1"))
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        with WarmRanks() as warm:
+            patch.setattr(ranks, "start_process", warm.start)
+            yield

@@ -1,4 +1,4 @@
-"""The sglang adapter passes the suite that every adapter passes, on the real engine in processes of its own."""
+"""The sglang adapter passes the suites that every adapter passes, on the real engine in processes of its own."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import pytest
 from eagle_target_sglang import SGLangAdapter
 
+from eagle_target.testing.adapter_served import ServedAdapterConformance
 from eagle_target.testing.adapters import AdapterConformance, BFloat16Adapter
 
 pytestmark = [pytest.mark.engine_sglang, pytest.mark.filterwarnings("default")]
@@ -16,3 +17,9 @@ class TestSGLangAdapter(AdapterConformance, BFloat16Adapter):
     adapter = SGLangAdapter
     # A second engine of a process is refused, and the suite loads several.
     options: ClassVar[dict[str, Any]] = {"in_process": False}
+
+
+class TestSGLangAdapterServed(ServedAdapterConformance):
+    """The engine in the server's process, as it is by default."""
+
+    adapter = SGLangAdapter

@@ -23,6 +23,7 @@ pytestmark = [pytest.mark.engine_sglang, pytest.mark.filterwarnings("default")]
 
 LENGTHS = (1, 7, 700, 64, 2, 130, 1)
 AUX_LAYERS = ((1, 3, 4), (LAYERS - 1, 0, 5))
+ALL_LAYERS = ((0, 1, 2), (3, 4, 5), (5, 6, 7))
 # Of transformers' two best logits: nearer than this either may win.
 TIE = 1e-4
 
@@ -67,22 +68,36 @@ def test_float32_is_within_5e_5_of_transformers(tmp_path: Path, architecture: st
 
 @pytest.mark.parametrize("architecture", on_this_version(("llama", "qwen3")))
 def test_bfloat16_is_no_further_from_float32_than_transformers_bfloat16(tmp_path: Path, architecture: str) -> None:
+    """Of every layer, the last hidden states and the logits, over some 900 tokens and relative to the norm.
+
+    Both sides only round, but SGLang adds a residual and norms the sum in float32 before it rounds, transformers rounds
+    the sum first: SGLang is nearer by about a twentieth, which is more than the draw of the tokens changes.
+    """
     checkpoint = save_checkpoint(tmp_path, architecture, "bfloat16")
     runner, rounded, exact = load(checkpoint), HFOracle(checkpoint), HFOracle(checkpoint)
     exact.model.float()
     try:
         rows = sequences(exact.vocab_size)
-        forward = run(runner, rows, AUX_LAYERS[0])
-        given = (forward.aux_hidden_states, runner.compute_logits(forward.last_hidden_states))
+        given: dict[str, torch.Tensor] = {}
+        for aux_layer_ids in ALL_LAYERS:
+            forward = run(runner, rows, aux_layer_ids)
+            states = torch.split(forward.aux_hidden_states, exact.hidden_size, dim=1)
+            given |= {f"layer {layer}": state for layer, state in zip(aux_layer_ids, states, strict=True)}
+        given["last"] = forward.last_hidden_states
+        given["logits"] = runner.compute_logits(forward.last_hidden_states)
 
-        wanted, theirs = (
-            [(state.aux(AUX_LAYERS[0]), state.logits) for state in map(oracle.run, rows)] for oracle in (exact, rounded)
-        )
-        for part in (0, 1):
-            truth = torch.cat([state[part] for state in wanted])
-            ours = (given[part].float() - truth).norm() / truth.norm()
-            hf = (torch.cat([state[part] for state in theirs]) - truth).norm() / truth.norm()
-            # Both are noise of the same size: a tenth is between two draws of it.
-            assert float(ours) <= 1.1 * float(hf)
+        truth, theirs = by_name(exact, rows), by_name(rounded, rows)
+        assert {*given} == {*truth}
+        for name, tensor in given.items():
+            ours, hf = ((made.float() - truth[name]).norm() for made in (tensor, theirs[name]))
+            assert float(ours) <= float(hf), name
     finally:
         runner.close()
+
+
+def by_name(oracle: HFOracle, rows: list[list[int]]) -> dict[str, torch.Tensor]:
+    """Every layer's output, the last hidden states and the logits of all rows."""
+    states = [oracle.run(row) for row in rows]
+    layers = {f"layer {layer}": torch.cat([state.layers[layer] for state in states]) for layer in range(LAYERS)}
+    last, logits = (torch.cat([getattr(state, name) for state in states]) for name in ("last", "logits"))
+    return {**layers, "last": last, "logits": logits}

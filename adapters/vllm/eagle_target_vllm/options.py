@@ -12,6 +12,7 @@ from eagle_target.options import PluginOptions
 RESERVED_ENGINE_ARGS = {
     "model": "--model",
     "worker_extension_cls": "nothing: it is how the adapter captures",
+    "distributed_executor_backend": "-o process and -o tensor_parallel_size",
     "kv_transfer_config": "-o capture=connector",
     "speculative_config": "-o capture=connector",
     "data_parallel_size": "several servers, one a replica: a client takes the URLs of all of them",
@@ -24,17 +25,13 @@ class VLLMOptions(PluginOptions):
 
     capture: Literal["worker", "connector"] = Field(
         default="worker",
-        description="How hidden states are taken: worker reads them from vLLM's model runner, in memory and eager; "
-        "connector uses vLLM's extract_hidden_states, with compilation and prefix caching.",
+        description="How hidden states are taken: worker reads them from vLLM's model runner, in memory; connector "
+        "uses vLLM's extract_hidden_states, with prefix caching.",
     )
     process: Literal["inline", "separate"] = Field(
         default="inline",
         description="Where the engine runs: inline in this process, with its worker where there is one only, or "
         "separate in its own.",
-    )
-    aux_layer_ids: tuple[int, int, int] | None = Field(
-        default=None,
-        description="Layers of capture=connector, where they are compiled in; by default the EAGLE-3 layers.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="dtype of the weights; auto takes the checkpoint's, float32 included."
@@ -56,7 +53,8 @@ class VLLMOptions(PluginOptions):
     quantization: str | None = Field(default=None, description="How the weights are quantised, e.g. fp8, awq, gptq.")
     load_format: str | None = Field(default=None, description="Format of the weights, e.g. safetensors, dummy, gguf.")
     enforce_eager: bool | None = Field(
-        default=None, description="Whether not to compile; capture=worker is always eager."
+        default=None,
+        description="Whether not to compile: starts sooner, runs slower, and layers can be changed after the start.",
     )
     enable_prefix_caching: bool | None = Field(
         default=None, description="Whether to reuse the KV cache of common prefixes; only with capture=connector."
@@ -72,13 +70,8 @@ class VLLMOptions(PluginOptions):
 
     @model_validator(mode="after")
     def _check_capture(self) -> VLLMOptions:
-        if self.capture == "worker":
-            if self.enforce_eager is False:
-                raise ValueError("capture=worker is eager only: leave enforce_eager out, or use capture=connector")
-            if self.enable_prefix_caching:
-                raise ValueError("capture=worker needs every token computed: use capture=connector for prefix caching")
-            if self.aux_layer_ids is not None:
-                raise ValueError("aux_layer_ids is for capture=connector: name the layers with --aux-layer-ids")
+        if self.capture == "worker" and self.enable_prefix_caching:
+            raise ValueError("capture=worker needs every token computed: use capture=connector for prefix caching")
         return self
 
     @model_validator(mode="after")

@@ -15,11 +15,12 @@ from eagle_target.errors import AdapterError
 from eagle_target.info import TargetInfo
 from eagle_target.layers import validate_aux_layer_ids
 from eagle_target.runner import DraftHead, TargetForward
+from eagle_target_vllm.blocks import BlockPool
 from eagle_target_vllm.connector import state_ids
 from eagle_target_vllm.failures import engine_call, is_dead
 from eagle_target_vllm.feeding import has_lost_process, run_sequences, step_until
 from eagle_target_vllm.inline import INLINE_LOCK
-from eagle_target_vllm.loading import connector_layers, end_engine
+from eagle_target_vllm.loading import end_engine
 from eagle_target_vllm.memory import Layout, SharedBlock
 from eagle_target_vllm.placement import describe_forward, describe_request, place_states, place_supervision
 
@@ -31,10 +32,13 @@ if TYPE_CHECKING:
     from eagle_target.rows import Sink
     from eagle_target.supervision import SupervisionRequest
     from eagle_target.vocabulary import VocabMapping
+    from eagle_target_vllm.blocks import Lease
     from eagle_target_vllm.loading import LoadedEngine
+    from eagle_target_vllm.memory import Address
 
 # More than a server lets wait at a time, each with its own.
 MAX_MAPPINGS = 128
+MEMORY = "taking memory for an answer"
 # How long a connector may take to hand over what a forward computed.
 SAVE_SECONDS = 30.0
 
@@ -53,16 +57,14 @@ class VLLMTargetRunner:
         self._lock = INLINE_LOCK if loaded.is_inline else nullcontext()
         self._facts = loaded.facts
         self._uses_connector = loaded.options.capture == "connector"
-        self._is_compiled = not loaded.engine.model_config.enforce_eager
         self._logits_dtype: torch.dtype = getattr(torch, loaded.facts["logits_dtype"])
         self._aux_layer_ids: tuple[int, ...] = ()
         self._mappings: OrderedDict[str, None] = OrderedDict()
         self._serials = count()
+        self._blocks = BlockPool()
         self._failure: str | None = None
         self._info = _describe(loaded)
-        self._compiled_layers: tuple[int, ...] = (
-            connector_layers(loaded.options, self._info.num_layers) if self._uses_connector else ()
-        )
+        self._compiled_layers = loaded.aux_layer_ids if loaded.is_compiled else None
 
     @property
     def info(self) -> TargetInfo:
@@ -74,9 +76,13 @@ class VLLMTargetRunner:
         layers = validate_aux_layer_ids(aux_layer_ids, self._info.num_layers)
         if layers == self._aux_layer_ids:
             return
+        if self._compiled_layers not in (None, layers):
+            raise AdapterError(
+                f"the target has layers {self._compiled_layers} compiled in, {layers} are asked for: name them when "
+                "it is loaded (--aux-layer-ids), or use -o enforce_eager=true"
+            )
         states: tuple[int, ...] = ()
         if self._uses_connector:
-            self._check_compiled_layers(layers)
             states = state_ids(layers, self._info.num_layers)
             # States of other layers are cached beside the keys and values.
             self._open().reset_prefix_cache()
@@ -99,11 +105,11 @@ class VLLMTargetRunner:
         layout = Layout()
         placed = [place_supervision(layout, request, self._info, self._logits_dtype) for request in requests]
         jobs = [describe_request(request, slots) for request, slots in zip(requests, placed, strict=True)]
-        block = SharedBlock.create(layout.size)
-        timings = self._run(jobs, ids, block, None)
+        lease = self._lease(layout.size)
+        timings = self._run(jobs, ids, lease.address, None)
         for slots, sink in zip(placed, sinks, strict=True):
             for slot in slots:
-                sink.put(slot.name, block.tensor(slot))
+                sink.put(slot.name, lease.tensor(slot))
         return timings
 
     def forward_eagle3(self, input_ids: torch.Tensor, seq_lens: Sequence[int]) -> TargetForward:
@@ -114,10 +120,10 @@ class VLLMTargetRunner:
         """
         layout = Layout()
         slots = place_states(layout, len(input_ids), self._info)
-        block = SharedBlock.create(layout.size)
+        lease = self._lease(layout.size)
         ids = list(torch.split(input_ids, list(seq_lens)))
-        self._run([describe_forward(list(seq_lens), slots)], ids, block, None)
-        aux, last = (block.tensor(slot).to(self._info.device) for slot in slots)
+        self._run([describe_forward(list(seq_lens), slots)], ids, lease.address, None)
+        aux, last = (lease.tensor(slot).to(self._info.device) for slot in slots)
         return TargetForward(aux_hidden_states=aux, last_hidden_states=last)
 
     def compute_logits(self, last_hidden_states: torch.Tensor) -> torch.Tensor:
@@ -130,7 +136,7 @@ class VLLMTargetRunner:
         rows = len(last_hidden_states)
         hidden = layout.add("hidden", (rows, self._info.hidden_size), last_hidden_states.dtype)
         logits = layout.add("logits", (rows, self._info.vocab_size), self._logits_dtype)
-        block = SharedBlock.create(layout.size)
+        block = self._new_block(layout.size)
         if rows:
             block.tensor(hidden).copy_(last_hidden_states)
         self._call("compute_logits", block.address, hidden.plain(), logits.plain(), what="the target's head")
@@ -169,19 +175,18 @@ class VLLMTargetRunner:
         self,
         jobs: list[dict[str, Any]],
         sequences: Sequence[torch.Tensor],
-        block: SharedBlock | None,
+        address: Address | None,
         sinks: list[Sink] | None,
     ) -> dict[str, float]:
-        """Run sequences; results go to the block or to the sinks. Returns seconds by stage."""
+        """Run sequences; results go to a block of memory or to the sinks. Returns seconds by stage."""
         engine = self._open()
         if not self._aux_layer_ids:
             raise AdapterError("no layers to capture: call set_aux_layers first")
         started = time.perf_counter()
         serial = next(self._serials)
-        address = None if block is None else block.address
         what = "the target's forward"
         try:
-            self._call("begin", serial, jobs, address, sinks, what=what)
+            self._call("begin", serial, jobs, address, sinks, self._blocks.take_dropped(), what=what)
             with self._watched(what):
                 ids = [sequence.tolist() for sequence in sequences]
                 run_sequences(engine, serial, ids, may_reuse_prefixes=self._uses_connector)
@@ -192,18 +197,8 @@ class VLLMTargetRunner:
         except BaseException:
             self._give_up()
             raise
-        finally:
-            if block is not None:
-                block.release()
         self._check_outcome(outcome)
         return {"forward": forwarded - started, "projection": time.perf_counter() - forwarded}
-
-    def _check_compiled_layers(self, layers: tuple[int, ...]) -> None:
-        if self._is_compiled and layers != self._compiled_layers:
-            raise AdapterError(
-                f"capture=connector has layers {list(self._compiled_layers)} compiled in, {list(layers)} are asked "
-                f"for: give -o 'aux_layer_ids={list(layers)}', or -o enforce_eager=true"
-            )
 
     def _check_outcome(self, outcome: dict[str, Any]) -> None:
         if outcome["problem"]:
@@ -238,12 +233,20 @@ class VLLMTargetRunner:
         slots = [layout.add("weight", (len(ids), self._info.hidden_size), dtype)]
         if has_bias:
             slots.append(layout.add("bias", (len(ids),), dtype))
-        block = SharedBlock.create(layout.size)
+        block = self._new_block(layout.size)
         block.tensor(ids_slot).copy_(ids)
         self._call(method, block.address, ids_slot.plain(), [slot.plain() for slot in slots], what="reading weights")
         block.release()
         weight, *bias = [block.tensor(slot) for slot in slots]
         return weight, bias[0] if bias else None
+
+    def _lease(self, size: int) -> Lease:
+        with engine_call(MEMORY, vllm.__version__):
+            return self._blocks.lease(size)
+
+    def _new_block(self, size: int) -> SharedBlock:
+        with engine_call(MEMORY, vllm.__version__):
+            return SharedBlock.create(size)
 
     def _call(self, method: str, *arguments: Any, what: str) -> Any:
         """Call a method of all workers and return what the first one gives."""

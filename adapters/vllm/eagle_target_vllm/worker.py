@@ -16,6 +16,7 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from eagle_target.projection import project_full, tile_rows
 from eagle_target.vocabulary import VocabMapping
+from eagle_target_vllm.blocks import OpenBlocks
 from eagle_target_vllm.capture import CapturedSequence, ForwardCapture, StepObserver
 from eagle_target_vllm.compatibility import find_obstacle
 from eagle_target_vllm.memory import BlockSink, SharedBlock, Slot
@@ -69,6 +70,15 @@ class TargetWorker:
         self._dtype: torch.dtype = config.dtype
         self._mappings: OrderedDict[str, VocabMapping] = OrderedDict()
         self._jobs: list[Job] = []
+        self._aux_ids: tuple[int, ...] = ()
+        self._state_ids: tuple[int, ...] = ()
+
+    def prepare(self, layer_ids: Sequence[int]) -> None:
+        """Have the model give the outputs of these layers from its first forward on, which compiles it."""
+        # What stands in the way is for `start` to say.
+        if find_obstacle(self._worker, vllm_version) is None:
+            self.set_layers(layer_ids, ())
+            self._runner.use_aux_hidden_state_outputs = True
 
     def start(self, capture: str) -> dict[str, Any]:
         """Check what this vLLM and this model offer, begin to observe, and say what the target is."""
@@ -77,8 +87,8 @@ class TargetWorker:
             return {"obstacle": obstacle}
         self._model = self._runner.get_model()
         self._device = next(self._model.parameters()).device
+        self._blocks = OpenBlocks(self._device)
         self._is_first = get_tensor_model_parallel_rank() == 0
-        self._state_ids: tuple[int, ...] = ()
         self._observer = StepObserver(self._runner, stores=capture == "worker")
         if capture == "connector":
             connector: Any = get_kv_transfer_group()
@@ -106,7 +116,7 @@ class TargetWorker:
         # vLLM counts what enters a layer: the output of layer i enters layer i + 1.
         self._aux_ids = tuple(layer + 1 for layer in sorted(layer_ids))
         self._state_ids = tuple(all_state_ids)
-        self._model.set_aux_hidden_state_layers(self._state_ids or self._aux_ids)
+        self._runner.get_model().set_aux_hidden_state_layers(self._state_ids or self._aux_ids)
 
     def is_complete(self) -> bool:
         """Whether all that a forward asks for has been captured."""
@@ -128,13 +138,26 @@ class TargetWorker:
             self._mappings.popitem(last=False)
 
     def begin(
-        self, serial: int, jobs: Sequence[dict[str, Any]], address: Address | None, sinks: Sequence[Sink] | None
+        self,
+        serial: int,
+        jobs: Sequence[dict[str, Any]],
+        address: Address | None,
+        sinks: Sequence[Sink] | None,
+        dropped: list[int],
     ) -> None:
-        """Get ready for a forward; results go to sinks of this process, or to a block of memory."""
-        block = None if address is None else SharedBlock.open(address)
-        self._jobs = [
-            self._make_job(job, block, None if sinks is None else sinks[index]) for index, job in enumerate(jobs)
-        ]
+        """Get ready for a forward; results go to sinks of this process, or to a block of memory.
+
+        dropped: numbers of blocks that are no longer used.
+        """
+        self._blocks.forget(dropped)
+        # Only the first rank gives results away, so the others open nothing.
+        block, is_pinned = self._blocks.open(address) if address is not None and self._is_first else (None, False)
+        self._jobs = []
+        for index, plain in enumerate(jobs):
+            sink = None if sinks is None else sinks[index]
+            if block is not None:
+                sink = BlockSink(block, [Slot.read(slot) for slot in plain["slots"]], is_pinned=is_pinned)
+            self._jobs.append(self._make_job(plain, sink))
         sequences = []
         for job, plain in zip(self._jobs, jobs, strict=True):
             lengths = list(plain["lengths"])
@@ -189,10 +212,8 @@ class TargetWorker:
         weight, *bias = [block.tensor(Slot.read(slot)) for slot in slots]
         shard.fill(block.tensor(Slot.read(ids_slot)), weight, bias[0] if bias else None)
 
-    def _make_job(self, plain: dict[str, Any], block: SharedBlock | None, sink: Sink | None) -> Job:
+    def _make_job(self, plain: dict[str, Any], sink: Sink | None) -> Job:
         tokens = sum(plain["lengths"])
-        if block is not None and self._is_first:
-            sink = BlockSink(block, [Slot.read(slot) for slot in plain["slots"]])
         aux: torch.Tensor | None = None
         shape = (tokens, 3 * self._hidden_size)
         if isinstance(sink, BlockSink) and self._device.type == "cpu":

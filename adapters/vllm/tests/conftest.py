@@ -13,7 +13,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 HERE = Path(__file__).parent
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.engine_vllm)
+            if "gpu" in item.keywords and not config.option.markexpr:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device: ask for it with -m gpu"))

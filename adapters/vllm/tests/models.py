@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 LAYERS = 8
 VOCAB = 2048
+SOFT_CAP = 2.0
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -33,6 +34,17 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-odd-vocabulary": ("Llama", {"vocab_size": 2011}),
     "qwen3": ("Qwen3", {}),
     "qwen3-moe": ("Qwen3Moe", {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}),
+    "granite": ("Granite", {"logits_scaling": 4.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5}),
+    "gemma4": (
+        "Gemma4",
+        {
+            "global_head_dim": 32,
+            "final_logit_softcapping": SOFT_CAP,
+            "hidden_size_per_layer_input": 0,
+            "num_kv_shared_layers": 0,
+            "layer_types": ["full_attention"] * LAYERS,
+        },
+    ),
     "gpt2": ("GPT2", {"n_embd": 128, "n_layer": LAYERS, "n_head": 4, "n_positions": 1024}),
 }
 
@@ -43,7 +55,7 @@ def save_model(layout: str, folder: Path, *, dtype: torch.dtype = torch.float32)
     sizes = {**_SIZES, **changes}
     if name == "GPT2":
         sizes = {"vocab_size": VOCAB, **changes}
-    config = getattr(transformers, f"{name}Config")(**sizes)
+    config = getattr(transformers, "Gemma4TextConfig" if name == "Gemma4" else f"{name}Config")(**sizes)
     suffix = "LMHeadModel" if name == "GPT2" else "ForCausalLM"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 import transformers
 
+from eagle_target.colocated import RunnerEagle3TargetModel
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     from eagle_target.runner import TargetRunner
+    from eagle_target.vocabulary import VocabMapping
 
 LENGTHS = (1, 2, 33, 700, 5, 128, 257)
 
@@ -64,6 +67,39 @@ def run_transformers(
         parts.append(States(aux.float(), output.hidden_states[-1][0].float(), output.logits[0].float()))
     hook.remove()
     return States(*(torch.cat([getattr(part, name) for part in parts]) for name in ("aux", "last", "logits")))
+
+
+def count_unlike_masks(
+    runner: TargetRunner,
+    sequences: list[torch.Tensor],
+    expected: States,
+    mapping: VocabMapping,
+    aux_layer_ids: Sequence[int],
+    tolerance: float,
+) -> int:
+    """Positions whose `position_mask` is not that of the expected logits.
+
+    Raises:
+        AssertionError: one of them is no tie: the best tokens in and out of the draft vocabulary are further apart.
+    """
+    backend = RunnerEagle3TargetModel(runner, aux_layer_ids)
+    backend.set_vocab_mapping(mapping)
+    ids = torch.cat(sequences)[None]
+    lengths = torch.tensor([[len(sequence) for sequence in sequences]])
+    batch = backend.generate_batch(ids, torch.ones_like(ids), torch.ones_like(ids), seq_lens=lengths)
+    mask = batch.tensors()["position_mask"][0, :, 0]
+    # Position t carries what was predicted at t + 1 of the same sequence.
+    ends = lengths[0].cumsum(0) - 1
+    at = torch.ones(ids.shape[1], dtype=torch.bool).index_fill_(0, ends, value=False).nonzero()[:, 0]
+    in_draft = torch.zeros(mapping.vocab_size, dtype=torch.bool)
+    in_draft[mapping.selected_token_ids] = True
+    logits = expected.logits[at + 1]
+    best_in, best_out = logits[:, in_draft].max(-1).values, logits[:, ~in_draft].max(-1).values
+    unlike = mask[at] != (best_in >= best_out)
+    lead = (best_in - best_out).abs()[unlike]
+    assert bool((lead <= 2 * tolerance).all()), f"a mask differs where there is no tie: {lead.tolist()}"
+    assert not mask[ends].any()
+    return int(unlike.sum())
 
 
 def relative_frobenius(given: torch.Tensor, expected: torch.Tensor) -> float:

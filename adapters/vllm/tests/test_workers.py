@@ -16,7 +16,7 @@ from eagle_target.testing.adapter_oracle import HFOracle, check_batch, padded_in
 from eagle_target.testing.tiny import shuffled_mapping
 
 from .models import save_model
-from .parity import draw_sequences, run_engine, run_transformers
+from .parity import draw_sequences, relative_frobenius, run_engine, run_transformers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,9 +36,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=["inline", "separate"])
 def runner(request: pytest.FixtureRequest, checkpoint: Path) -> Iterator[TargetRunner]:
     options: dict[str, Any] = {"tensor_parallel_size": 2} if request.param == "inline" else {"process": "separate"}
+    options["enforce_eager"] = True
     loaded = VLLMAdapter.load(
         str(checkpoint),
         VLLMOptions(kv_cache_memory_bytes=64 << 20, max_num_batched_tokens=256, max_num_seqs=64, **options),
+        AUX,
     )
     yield loaded
     loaded.close()
@@ -76,6 +78,25 @@ def test_draft_head_and_embedding_are_whole(runner: TargetRunner, checkpoint: Pa
     assert head is not None
     assert torch.equal(head.weight, oracle.model.lm_head.weight[ids])
     assert torch.equal(runner.input_embedding_weight(), oracle.input_embedding())
+
+
+def test_bfloat16_of_two_workers_is_no_further_from_float32_than_transformers(tmp_path: Path) -> None:
+    checkpoint = save_model("llama-odd-vocabulary", tmp_path, dtype=torch.bfloat16)
+    sequences = [ids for seed in range(2) for ids in draw_sequences(ODD_VOCAB, seed=seed)]
+    options = VLLMOptions(kv_cache_memory_bytes=64 << 20, tensor_parallel_size=2, enforce_eager=True)
+    runner = VLLMAdapter.load(str(checkpoint), options, AUX)
+    try:
+        given = run_engine(runner, sequences, AUX)
+    finally:
+        runner.close()
+    exact = run_transformers(checkpoint, sequences, AUX, torch.float32)
+    rounded = run_transformers(checkpoint, sequences, AUX, torch.bfloat16)
+
+    for name in ("aux", "last", "logits"):
+        ours = relative_frobenius(getattr(given, name), getattr(exact, name))
+        theirs = relative_frobenius(getattr(rounded, name), getattr(exact, name))
+        print(f"{name}: relative Frobenius {ours:.2e}, of transformers {theirs:.2e}")
+        assert ours <= theirs
 
 
 def test_z_a_dead_worker_is_told_within_seconds(runner: TargetRunner) -> None:

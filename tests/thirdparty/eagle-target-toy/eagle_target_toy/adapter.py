@@ -12,6 +12,8 @@ from eagle_target.errors import ConfigError
 from eagle_target.options import PluginOptions
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from eagle_target.runner import TargetRunner
 
 
@@ -41,8 +43,10 @@ class ToyAdapter(Adapter):
             return None
 
     @classmethod
-    def load(cls, model: str, options: PluginOptions) -> TargetRunner:
+    def load(cls, model: str, options: PluginOptions, aux_layer_ids: Sequence[int] | None = None) -> TargetRunner:
         """Load a folder with config.json and safetensors."""
+        # `set_aux_layers` names them before the first forward.
+        del aux_layer_ids
         from eagle_target_toy.runner import ToyRunner
 
         if not isinstance(options, ToyOptions):

@@ -1,0 +1,135 @@
+"""Blocks of shared memory that are used again: their pages are there, and the engine's processes have them open."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import weakref
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from eagle_target_vllm.memory import ALIGNMENT, SharedBlock
+
+if TYPE_CHECKING:
+    from eagle_target_vllm.memory import Address, Slot
+
+logger = logging.getLogger(__name__)
+
+# Blocks that lie ready; one is used for an answer of down to a quarter of its size.
+KEPT_BLOCKS = 4
+WASTE = 4
+# Serial of a block that is opened for one call and not kept.
+UNKEPT = 0
+
+
+class Lease:
+    """A block for as long as the lease or a tensor of it is there."""
+
+    def __init__(self, block: SharedBlock, serial: int, view: memoryview) -> None:
+        self.address: Address = (*block.address[:3], serial)
+        self._view = view
+
+    def tensor(self, slot: Slot) -> torch.Tensor:
+        """The tensor of a slot, in the block's memory, which it keeps from being used again."""
+        return slot.tensor(self._view)
+
+
+class BlockPool:
+    """The blocks of one runner; one thread leases, any thread may let go."""
+
+    def __init__(self) -> None:
+        self._serials = count(UNKEPT + 1)
+        # A put from a finalizer may come in the middle of anything, in any thread.
+        self._returned: queue.SimpleQueue[tuple[int, SharedBlock]] = queue.SimpleQueue()
+        self._free: dict[int, SharedBlock] = {}
+        self._dropped: list[int] = []
+
+    def lease(self, size: int) -> Lease:
+        """A block of at least `size` bytes, of whatever values.
+
+        Raises:
+            OSError: there is no memory for it.
+        """
+        self._collect()
+        size = max(size, ALIGNMENT)
+        fitting = [serial for serial, block in self._free.items() if size <= block.size <= WASTE * size]
+        serial = min(fitting, key=lambda number: self._free[number].size, default=UNKEPT)
+        if serial == UNKEPT:
+            serial, block = next(self._serials), SharedBlock.create(_rounded(size))
+        else:
+            block = self._free.pop(serial)
+        view = memoryview(block.map)
+        weakref.finalize(view, self._returned.put, (serial, block)).atexit = False
+        return Lease(block, serial, view)
+
+    def take_dropped(self) -> list[int]:
+        """Serials of the blocks that are no longer used, each once: whoever keeps them open may close them."""
+        dropped, self._dropped = self._dropped, []
+        return dropped
+
+    def _collect(self) -> None:
+        while not self._returned.empty():
+            serial, block = self._returned.get()
+            self._free[serial] = block
+        while len(self._free) > KEPT_BLOCKS:
+            oldest = next(iter(self._free))
+            self._free.pop(oldest).release()
+            self._dropped.append(oldest)
+
+
+class OpenBlocks:
+    """Blocks of other processes that a worker keeps open; on a GPU they are pinned, so that copies to them overlap.
+
+    device: the worker's.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._pins = device.type == "cuda"
+        self._open: dict[int, tuple[SharedBlock, bool]] = {}
+
+    def open(self, address: Address) -> tuple[SharedBlock, bool]:
+        """The block of an address, and whether it is pinned."""
+        serial = address[3]
+        if serial == UNKEPT:
+            return SharedBlock.open(address), False
+        if serial not in self._open:
+            block = SharedBlock.open(address)
+            self._open[serial] = block, self._pins and pin(block)
+        return self._open[serial]
+
+    def forget(self, serials: list[int]) -> None:
+        """Close blocks; those that were never open are passed over."""
+        for serial in serials:
+            block, is_pinned = self._open.pop(serial, (None, False))
+            if block is not None and is_pinned:
+                unpin(block)
+
+
+def pin(block: SharedBlock) -> bool:
+    """Register a block's memory with CUDA; False, and a warning, where CUDA will not."""
+    runtime = _runtime()
+    error = int(runtime.cudaHostRegister(block.pointer, block.size, 0))
+    if error:
+        logger.warning("CUDA does not pin %d bytes (error %d): copies to the host are slower", block.size, error)
+    return not error
+
+
+def unpin(block: SharedBlock) -> None:
+    """Undo `pin`."""
+    runtime = _runtime()
+    error = int(runtime.cudaHostUnregister(block.pointer))
+    if error:
+        logger.warning("CUDA does not unpin %d bytes (error %d)", block.size, error)
+
+
+def _runtime() -> Any:
+    cuda: Any = torch.cuda
+    return cuda.cudart()
+
+
+def _rounded(size: int) -> int:
+    """Up to the next eighth of a power of two, so that answers of about the same size share a block."""
+    step = max(ALIGNMENT, 1 << max(0, size.bit_length() - 4))
+    return -(-size // step) * step
