@@ -19,13 +19,13 @@ export UV_EXTRA_INDEX_URL := $(TORCH_INDEX_URL)
 export UV_INDEX_STRATEGY := unsafe-best-match
 endif
 
-.PHONY: help env demo test test-core test-vllm test-sglang test-engines lint docs bench-wire bench-projection bench-vllm \
-	bench-sglang clean
+.PHONY: help env demo test test-core test-vllm test-sglang test-engines lint docs bench-wire bench-projection bench-transports \
+	bench-vllm bench-vllm-layouts bench-sglang bench-server soak clean
 
 help:
 	@sed -n 's/^# //p' Makefile
 	@echo "targets: env demo test test-core test-vllm test-sglang test-engines lint docs bench-wire bench-projection"
-	@echo "         bench-vllm bench-sglang clean"
+	@echo "         bench-transports bench-vllm bench-vllm-layouts bench-sglang bench-server soak clean"
 
 env: $(READY)
 
@@ -62,8 +62,7 @@ test-vllm: $(VLLM)/.ready
 
 test-sglang: $(SGLANG)/.ready $(OLD_SGLANG)/.ready
 	$(SGLANG)/bin/python -m pytest adapters/sglang/tests -m "not gpu"
-	$(OLD_SGLANG)/bin/python -m pytest adapters/sglang/tests/test_parity.py adapters/sglang/tests/test_engine.py \
-		-m "engine_sglang and not gpu"
+	$(OLD_SGLANG)/bin/python -m pytest adapters/sglang/tests -m "engine_sglang and not gpu"
 
 test-engines: $(READY) $(VLLM)/.ready $(SGLANG)/.ready
 	$(BIN)/python -m pytest tests/engines -m "engine_vllm and engine_sglang"
@@ -85,11 +84,23 @@ bench-wire: $(READY)
 bench-projection: $(READY)
 	$(BIN)/python benchmarks/projection.py
 
+bench-transports: $(READY)
+	$(BIN)/python -m benchmarks.transports
+
 bench-vllm: $(VLLM)/.ready
 	$(BIN)/python -m benchmarks.vllm_prefill
 
+bench-vllm-layouts: $(VLLM)/.ready
+	$(BIN)/python -m benchmarks.vllm_layouts
+
 bench-sglang: $(SGLANG)/.ready
 	$(BIN)/python -m benchmarks.sglang_extend
+
+bench-server: $(READY)
+	$(BIN)/python -m benchmarks.server
+
+soak: $(READY)
+	$(BIN)/python -m benchmarks.soak
 
 clean:
 	rm -rf $(VENV) $(VLLM) $(SGLANG) $(OLD_SGLANG) .bench .demo .mypy_cache .ruff_cache .pytest_cache

@@ -1,35 +1,23 @@
-"""Worker processes that are told what to do over a pipe, and report what it cost. Standard library only."""
+"""Worker processes of this checkout, whatever environment they run in. Standard library only."""
 
 from __future__ import annotations
 
-import json
-import os
-import resource
-import subprocess
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING
+
+from eagle_target.bench import processes
+from eagle_target.bench.processes import MB, answer_commands, cpu, forget_peak, memory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
+__all__ = ["MB", "ROOT", "Worker", "answer_commands", "cpu", "forget_peak", "memory"]
 
 ROOT = Path(__file__).resolve().parent.parent
-MB = 1e6
-STOP_SECONDS = 20.0
 
 
-class WorkerFailed(RuntimeError):
-    """A worker process ended, or answered with an error; its standard error is on ours."""
-
-
-class Worker:
-    """A module run in a process of its own that answers commands, `answer_commands` at its end.
-
-    Args:
-        module: run as `python -m module`. arguments: given to it.
-        python: the interpreter, so also the environment. environment: variables added to ours.
-    """
+class Worker(processes.Worker):
+    """A module of this checkout in a process of its own, started at its root, from where every interpreter finds it."""
 
     def __init__(
         self,
@@ -38,78 +26,4 @@ class Worker:
         python: Path | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        self.name = " ".join((module, *arguments))
-        self._process = subprocess.Popen(
-            [str(python or sys.executable), "-m", module, *arguments],
-            cwd=ROOT,
-            env={**os.environ, **(environment or {})},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
-        """Have a command run and return its answer.
-
-        Raises:
-            WorkerFailed: the process is gone.
-        """
-        if self._process.stdin is None or self._process.stdout is None:
-            raise WorkerFailed(f"{self.name} has no pipes")
-        try:
-            self._process.stdin.write(json.dumps([command, arguments]) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass
-        line = self._process.stdout.readline()
-        if not line:
-            raise WorkerFailed(f"{self.name} ended with status {self._process.wait()}: its error is above")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def close(self) -> None:
-        """End the process: its commands end, then it is given a while, then it is killed."""
-        if self._process.stdin is not None:
-            self._process.stdin.close()
-        try:
-            self._process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-
-def answer_commands(handlers: Mapping[str, Callable[..., dict[str, Any]]]) -> None:
-    """Answer commands until there are no more; every worker answers `memory` and `cpu`.
-
-    What libraries print to standard output goes to standard error, so that answers stay alone on theirs.
-    """
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    commands = {"memory": memory, "cpu": cpu, **handlers}
-    for line in sys.stdin:
-        command, arguments = json.loads(line)
-        answers.write(json.dumps(commands[command](**arguments)) + "\n")
-        answers.flush()
-
-
-def memory() -> dict[str, float]:
-    """Resident memory of this process in MB: `rss_mb` now, `peak_rss_mb` at most so far."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MB
-    return {"rss_mb": _resident_bytes() / MB if Path("/proc/self/statm").exists() else peak, "peak_rss_mb": peak}
-
-
-def cpu() -> dict[str, float]:
-    """Processor seconds of this process so far, in and out of the kernel: `cpu_seconds`."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return {"cpu_seconds": usage.ru_utime + usage.ru_stime}
-
-
-def _resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
+        super().__init__(module, *arguments, python=python, environment=environment, folder=ROOT)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 
 from eagle_target.errors import ConfigError
-from eagle_target.options import build_model, nearest_name, parse_value
+from eagle_target.options import build_model, is_secret, nearest_name, parse_value
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -38,6 +38,20 @@ class ServerConfig(BaseModel):
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(default=8001, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
     port_file: Path | None = Field(default=None, description="File that gets the port once it is bound.")
+    token_file: Path | None = Field(
+        default=None, description="File with the tokens that clients may send, one a line; read again when it changes."
+    )
+    token: SecretStr | None = Field(
+        default=None, description="One more token; best given as EAGLE_TARGET_TOKEN, so there is no flag."
+    )
+    tls_cert: Path | None = Field(default=None, description="PEM file with the server's certificates, for https.")
+    tls_key: Path | None = Field(default=None, description="PEM file with the key of the certificate.")
+    tls_client_ca: Path | None = Field(
+        default=None, description="PEM file with the authorities whose clients are let in, and no others."
+    )
+    insecure: bool = Field(
+        default=False, description="Listen on an address others reach, without a token or clients' certificates."
+    )
     transports: tuple[str, ...] = Field(
         default=("auto",), description="Transports to offer; `auto` is every one usable here."
     )
@@ -48,13 +62,31 @@ class ServerConfig(BaseModel):
         default=8192, ge=1, description="Tokens of waiting requests that are joined into one forward."
     )
     max_queue: int = Field(default=64, ge=1, description="Requests that may wait; one more is answered 503.")
+    max_outbox_bytes: int = Field(
+        default=8 << 30, ge=1, description="Bytes of answers that are being made or not sent yet, of all clients."
+    )
+    max_client_outbox_bytes: int = Field(
+        default=2 << 30, ge=1, description="Bytes of such answers of one client; its further requests wait."
+    )
+    cache_bytes: int = Field(
+        default=0, ge=0, description="Bytes of supervision kept for sequences that are asked for again; 0 for none."
+    )
     max_request_tokens: int = Field(default=131072, ge=1, description="Tokens one request may have.")
+    max_sequence_tokens: int = Field(default=131072, ge=1, description="Tokens one sequence of a request may have.")
+    max_sequences: int = Field(default=16384, ge=1, description="Sequences one request may have.")
     max_body_bytes: int = Field(default=64 << 20, ge=1024, description="Bytes a request's body may have.")
+    max_headers: int = Field(default=64, ge=16, description="Headers a request may have.")
+    max_header_bytes: int = Field(
+        default=32768, ge=1024, description="Bytes of a request's first line and headers together."
+    )
     max_mappings: int = Field(default=32, ge=1, description="Vocabulary mappings kept; the least used goes first.")
+    max_mapping_bytes: int = Field(default=16 << 20, ge=1024, description="Bytes a vocabulary mapping may have.")
+    max_connections: int = Field(default=1024, ge=1, description="Connections at a time; one more is answered 503.")
     max_channels: int = Field(default=256, ge=1, description="Open channels of all transports.")
     channel_lease: float = Field(
         default=30.0, gt=0, description="Seconds after which the channel of a client that is silent is closed."
     )
+    headers_timeout: float = Field(default=30.0, gt=0, description="Seconds a client may take to send its headers.")
     body_timeout: float = Field(default=30.0, gt=0, description="Seconds a client may take to send a body.")
     send_timeout: float = Field(default=60.0, gt=0, description="Seconds a client may stop reading an answer.")
     drain_timeout: float = Field(default=60.0, gt=0, description="Seconds SIGTERM waits for requests under way.")
@@ -86,14 +118,25 @@ class ClientConfig(BaseModel):
     )
     engine_options: dict[str, Any] = Field(default_factory=dict, description="Options of the adapter.")
     device: str = Field(default="cpu", description="Where batches go.")
+    token_file: Path | None = Field(
+        default=None, description="File with the token to send, in its first line; read again when it changes."
+    )
+    token: SecretStr | None = Field(default=None, description="The token to send; best given as EAGLE_TARGET_TOKEN.")
+    ca_file: Path | None = Field(
+        default=None, description="PEM file with the authorities servers are checked against; default the system's."
+    )
+    client_cert: Path | None = Field(default=None, description="PEM file with this client's certificate.")
+    client_key: Path | None = Field(default=None, description="PEM file with the key of that certificate.")
+    checksum: bool = Field(default=True, description="Have each answer's body come with a checksum, and check it.")
     transport: str = Field(
         default="auto", description="`auto` for the best both ends have, a name, or names in order of preference."
     )
     transport_options: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="Options of transports, by transport name."
     )
-    encoding: Literal["probs", "hidden", "logits"] = Field(
-        default="probs", description="Form the distribution travels in."
+    encoding: Literal["auto", "probs", "hidden", "logits"] = Field(
+        default="auto",
+        description="Form the distribution travels in; `auto`: `hidden` where servers hand the head out, else `probs`.",
     )
     probs_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="dtype of target_probs."
@@ -144,7 +187,7 @@ def read_environment(model: type[BaseModel], environment: Mapping[str, str]) -> 
             near = nearest_name(name, known)
             raise ConfigError(f"environment variable {variable} is no setting, {near} (spelt {ENVIRONMENT_PREFIX}NAME)")
         if name in model.model_fields:
-            value = parse_value(text)
+            value = text if is_secret(model.model_fields[name]) else parse_value(text)
             for key in reversed(keys):
                 value = {key: value}
             values = _merge(values, {name: value})
@@ -152,8 +195,9 @@ def read_environment(model: type[BaseModel], environment: Mapping[str, str]) -> 
 
 
 def dump_config(config: BaseModel) -> str:
-    """The settings as YAML, the way a file would hold them."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    """The settings as YAML, the way a file would hold them; secrets are left out."""
+    secrets = {name for name, field in type(config).model_fields.items() if is_secret(field)}
+    return yaml.safe_dump(config.model_dump(mode="json", exclude=secrets), sort_keys=False)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ EagleTargetError
 │       │   └── TransportRefused   the server is there, but no transport asked for works with it
 │       ├── TransferTimeout    a transfer passed its deadline
 │       └── ProtocolError      a peer sent something that is not the protocol
+├── BenchmarkError         something could not be measured
 └── ServerError            a server answered with a problem
     ├── Overloaded             its queue is full; try again after `retry_after` seconds
     ├── Unavailable            it is loading, draining or its engine failed
@@ -62,6 +63,10 @@ class TransferTimeout(TransportError):
 
 class ProtocolError(TransportError):
     """A peer sent something that is not the protocol."""
+
+
+class BenchmarkError(EagleTargetError):
+    """Something could not be measured: a process that takes part is gone, say."""
 
 
 class ServerError(EagleTargetError):

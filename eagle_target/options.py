@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import difflib
 import json
+import typing
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError
 
 from eagle_target.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+
+    from pydantic.fields import FieldInfo
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -67,6 +70,11 @@ def build_model(model: type[Model], values: Mapping[str, Any], what: str) -> Mod
         raise ConfigError(f"{what}: " + "; ".join(lines)) from error
 
 
+def is_secret(field: FieldInfo) -> bool:
+    """Whether a setting must not be shown, nor be given where others see it."""
+    return SecretStr in (field.annotation, *typing.get_args(field.annotation))
+
+
 def nearest_name(name: str, names: Iterable[str]) -> str:
     """`, did you mean 'x'?` for the closest of the names, else the list of them."""
     known = sorted(names)
@@ -80,6 +88,9 @@ def _describe(detail: Any, model: type[BaseModel]) -> str:
         return f"unknown option {where!r}, {nearest_name(str(detail['loc'][-1]), _names_at(model, detail['loc'][:-1]))}"
     if detail["type"] == "missing":
         return f"{where!r} is required"
+    field = model.model_fields.get(str(detail["loc"][0])) if detail["loc"] else None
+    if field is not None and is_secret(field):
+        return f"{where!r}: {detail['msg']}"
     return f"{where!r}: {detail['msg']}, got {detail['input']!r}"
 
 

@@ -26,9 +26,11 @@ PROBLEM_URN = "urn:eagle-target:problem:"
 REQUEST_ID = "Eagle-Target-Request-Id"
 TRANSPORT = "Eagle-Target-Transport"
 CHANNEL = "Eagle-Target-Channel"
+CLIENT = "Eagle-Target-Client"
 FINGERPRINT = "Eagle-Target-Fingerprint"
 MAPPING = "Eagle-Target-Mapping"
 MOVED_BYTES = "Eagle-Target-Moved-Bytes"
+CHECKSUM = "Eagle-Target-Checksum"
 PASSED_OVER = "Eagle-Target-Passed-Over"
 TIMINGS = "Server-Timing"
 
@@ -41,6 +43,9 @@ LM_HEAD = "/v1/target/lm_head"
 VOCAB_MAPPINGS = "/v1/vocab-mappings"
 SUPERVISION = "/v1/supervision"
 TRANSPORTS = "/v1/transports"
+
+# The only checksum there is: what a request asks for, and the start of what its answer says.
+CHECKSUM_NAME = "xxh3_64"
 
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in PROBS_DTYPES}
 
@@ -67,6 +72,7 @@ class Handshake(BaseModel):
     aux_layer_ids: tuple[int, int, int]
     fingerprint: str
     encodings: tuple[str, ...]
+    bytes_per_token: dict[str, int] = Field(default={}, description="Of a token that bears loss, by encoding.")
     transports: dict[str, dict[str, Any]] = Field(description="Each offered transport's offer, by name.")
     limits: Limits
 
@@ -101,12 +107,16 @@ def read_json_object(body: bytes, what: str) -> dict[str, Any]:
         ProtocolError: it is none.
     """
     try:
-        value = json.loads(body)
-    except ValueError as error:
+        value = json.loads(body, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
         raise ProtocolError(f"{what} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ProtocolError(f"{what} is not a JSON object")
     return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
 
 
 def encode_request(request: SupervisionRequest) -> list[memoryview]:

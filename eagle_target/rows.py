@@ -19,22 +19,24 @@ class RowStore:
 
     out: `[n, ...]`, or `[slots, ...]` when positions is given.
     positions: ascending int64 `[n]` on the CPU, the slot of each row; None when row i is slot i.
+    non_blocking: whether copies from a device into pinned memory are waited for by whoever uses the store.
     """
 
     out: torch.Tensor
     positions: torch.Tensor | None = None
+    non_blocking: bool = False
 
     def write(self, start: int, rows: torch.Tensor) -> None:
         """Store `[m, ...]` as rows start to start + m, converted to the store's dtype."""
         if self.positions is None:
-            self.out[start : start + len(rows)].copy_(rows)
+            self.out[start : start + len(rows)].copy_(rows, non_blocking=self.non_blocking)
             return
         slots = self.positions[start : start + len(rows)]
         if self.out.device.type != "cpu":
             self.out.index_copy_(0, slots.to(self.out.device), rows.to(self.out.device, self.out.dtype))
             return
         for slot, row, length in contiguous_runs(slots):
-            self.out[slot : slot + length].copy_(rows[row : row + length])
+            self.out[slot : slot + length].copy_(rows[row : row + length], non_blocking=self.non_blocking)
 
     def views(self) -> list[torch.Tensor]:
         """Views of `out` that are contiguous each and, one after another, hold all rows."""

@@ -66,7 +66,7 @@ class DraftHead:
 class TargetRunner(Protocol):
     """A loaded target under one engine. Ragged: padding is a client's affair.
 
-    Called by one thread at a time. Every method may raise `AdapterError`.
+    Called by one thread at a time, unless it is a `ConcurrentHeadRunner`. Every method may raise `AdapterError`.
     """
 
     @property
@@ -106,7 +106,38 @@ class SupervisingRunner(TargetRunner, Protocol):
     def supervise(self, requests: Sequence[SupervisionRequest], sinks: Sequence[Sink]) -> dict[str, float]:
         """Answer requests, each into its sink, with the tensors of `supervision.store_supervision`.
 
+        What is put into a sink is the sink's from then on: it may be read while the next requests are answered.
+
         Returns:
             seconds by stage, `forward` and `projection`.
         """
+        ...
+
+
+@runtime_checkable
+class ConcurrentHeadRunner(Protocol):
+    """What a runner has that can project one forward while it runs the next."""
+
+    @property
+    def concurrent_head(self) -> bool:
+        """Whether one other thread may be in `compute_logits` while `forward_eagle3` runs."""
+        ...
+
+
+@runtime_checkable
+class CapacityRunner(Protocol):
+    """What a runner has that knows how much fits its engine's memory."""
+
+    def token_capacity(self) -> int | None:
+        """Tokens one forward may have now; None where that cannot be told. Asked before every forward."""
+        ...
+
+
+@runtime_checkable
+class PaddingRunner(Protocol):
+    """What a runner has that pads."""
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens computed since it was loaded, pads included."""
         ...

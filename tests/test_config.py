@@ -194,7 +194,7 @@ def test_what_is_dumped_loads_back(tmp_path: Path, config: BaseModel) -> None:
 
     assert load_config(type(config), path=path, environment={}, overrides={}) == config
     assert "!!" not in path.read_text()
-    assert list(yaml.safe_load(path.read_text())) == list(type(config).model_fields)
+    assert list(yaml.safe_load(path.read_text())) == [name for name in type(config).model_fields if name != "token"]
 
 
 @pytest.mark.parametrize("model", [ServerConfig, ClientConfig])

@@ -29,7 +29,7 @@ class MyAdapter(Adapter):
         {version}
 
     @classmethod
-    def load(cls, model, options):
+    def load(cls, model, options, aux_layer_ids=None):
         raise NotImplementedError
 
 @hookimpl
@@ -91,6 +91,8 @@ def test_ours_are_found_through_the_hooks_of_strangers() -> None:
 
     assert {origin.plugin.name: origin.distribution for origin in plugins.transports} == {
         "inprocess": "eagle-target",
+        "nccl": "eagle-target",
+        "shm": "eagle-target",
         "wire": "eagle-target",
     }
     assert plugins.adapters.origins["hf"].distribution == "eagle-target-hf"
@@ -229,7 +231,7 @@ def test_an_unknown_name_suggests_the_nearest() -> None:
 
 
 def test_a_name_like_no_other_gets_the_list() -> None:
-    with pytest.raises(PluginError, match="there is no transport 'zzz', known: inprocess, wire"):
+    with pytest.raises(PluginError, match="there is no transport 'zzz', known: inprocess, nccl, shm, wire"):
         load_plugins().transports.get("zzz")
 
 

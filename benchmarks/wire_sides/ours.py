@@ -7,91 +7,18 @@ from __future__ import annotations
 
 import argparse
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
-
-import torch
 
 from benchmarks.processes import answer_commands
 from benchmarks.wire_sides import prepared
 from benchmarks.wire_sides.clients import time_batches
+from benchmarks.wire_sides.target import PreparedRunner
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.config import ServerConfig
-from eagle_target.info import TargetInfo
-from eagle_target.runner import DraftHead, TargetForward
-from eagle_target.server import engine
 from eagle_target.server.serve import HttpServer
 from eagle_target.vocabulary import VocabMapping
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from eagle_target.batch import Eagle3TargetBatch
-    from eagle_target.rows import Sink
-    from eagle_target.runner import TargetRunner
-    from eagle_target.supervision import SupervisionRequest
-
-
-class PreparedRunner:
-    """A target runner whose answers lie in memory. with_head: whether to have an LM head, for encoding `hidden`."""
-
-    def __init__(self, supervision: prepared.Supervision, *, with_head: bool) -> None:
-        self.supervision = supervision
-        self.top_ids = prepared.selected_token_ids()[: prepared.TOKENS].to(torch.int32)
-        self.logsumexp = torch.zeros(prepared.TOKENS)
-        self._last = torch.zeros(prepared.TOKENS, prepared.HIDDEN, dtype=torch.bfloat16)
-        self._with_head = with_head
-
-    @property
-    def info(self) -> TargetInfo:
-        """Llama-3.1-8B's sizes."""
-        return TargetInfo(
-            model="prepared",
-            num_layers=prepared.LAYERS,
-            hidden_size=prepared.HIDDEN,
-            vocab_size=prepared.VOCAB,
-            dtype="bfloat16",
-            device="cpu",
-            engine="prepared",
-            engine_version="1",
-        )
-
-    def set_aux_layers(self, aux_layer_ids: Sequence[int]) -> None:
-        """Whatever they are."""
-
-    def forward_eagle3(self, input_ids: torch.Tensor, seq_lens: Sequence[int]) -> TargetForward:  # noqa: ARG002
-        """What was prepared."""
-        return TargetForward(aux_hidden_states=self.supervision.aux, last_hidden_states=self._last)
-
-    def compute_logits(self, last_hidden_states: torch.Tensor) -> torch.Tensor:
-        """Never asked: the supervision is ready."""
-        raise NotImplementedError
-
-    def input_embedding_weight(self) -> torch.Tensor:
-        """Never asked."""
-        raise NotImplementedError
-
-    def draft_head(self, token_ids: torch.Tensor) -> DraftHead | None:
-        """Zeros, where there is a head at all."""
-        if not self._with_head:
-            return None
-        return DraftHead(weight=torch.zeros(len(token_ids), prepared.HIDDEN, dtype=torch.bfloat16))
-
-    def close(self) -> None:
-        """Nothing to release."""
-
-
-def store_prepared(runner: TargetRunner, request: SupervisionRequest, forward: TargetForward, sink: Sink) -> None:
-    """In place of `store_supervision`: no projection, the same tensors."""
-    if not isinstance(runner, PreparedRunner):
-        raise TypeError(f"{type(runner).__name__} is not the prepared runner")
-    rows = int(request.row_mask.sum())
-    sink.put("aux_hidden_states", forward.aux_hidden_states)
-    if request.encoding == "hidden":
-        sink.put("last_hidden_states", forward.last_hidden_states[:rows])
-    else:
-        sink.put("target_probs", runner.supervision.probs[:rows])
-    sink.put("target_top_ids", runner.top_ids[:rows])
-    sink.put("target_logsumexp", runner.logsumexp[:rows])
 
 
 def run_server(*, with_head: bool) -> None:
@@ -99,15 +26,14 @@ def run_server(*, with_head: bool) -> None:
     supervision = prepared.make_supervision()
     config = ServerConfig(model="prepared", port=0, transports=("wire",))
     server = HttpServer(config, load=lambda: PreparedRunner(supervision, with_head=with_head))
-    with patch.object(engine, "store_supervision", store_prepared):
-        server.start()
-        answer_commands(
-            {
-                "port": lambda: {"port": server.port},
-                "digest": lambda: {"digest": prepared.supervision_digest(*supervision)},
-            }
-        )
-        server.close()
+    server.start()
+    answer_commands(
+        {
+            "port": lambda: {"port": server.port},
+            "digest": lambda: {"digest": prepared.supervision_digest(*supervision)},
+        }
+    )
+    server.close()
 
 
 def run_client(url: str, encoding: str) -> None:

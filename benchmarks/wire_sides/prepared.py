@@ -24,20 +24,20 @@ class Supervision(NamedTuple):
     probs: torch.Tensor
 
 
-def make_supervision() -> Supervision:
+def make_supervision(tokens: int = TOKENS) -> Supervision:
     """Random supervision of Llama-3.1-8B's sizes."""
     draw = torch.Generator().manual_seed(0)
-    aux = torch.empty(TOKENS, 3 * HIDDEN, dtype=torch.bfloat16).normal_(generator=draw)
-    probs = torch.empty(TOKENS, DRAFT_VOCAB).exponential_(generator=draw)
+    aux = torch.empty(tokens, 3 * HIDDEN, dtype=torch.bfloat16).normal_(generator=draw)
+    probs = torch.empty(tokens, DRAFT_VOCAB).exponential_(generator=draw)
     probs /= probs.sum(1, keepdim=True)
     return Supervision(aux, probs)
 
 
-def make_trainer_inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def make_trainer_inputs(tokens: int = TOKENS) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """input_ids, attention_mask, loss_mask int64 `[1, tokens]`: one full sequence, all of it supervised."""
     draw = torch.Generator().manual_seed(1)
-    ids = torch.randint(VOCAB, (1, TOKENS), generator=draw)
-    ones = torch.ones(1, TOKENS, dtype=torch.int64)
+    ids = torch.randint(VOCAB, (1, tokens), generator=draw)
+    ones = torch.ones(1, tokens, dtype=torch.int64)
     return ids, ones, ones.clone()
 
 

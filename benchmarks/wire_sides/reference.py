@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import threading
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from nemo_automodel.components.speculative.eagle.remote.client import RemoteEagl
 from benchmarks.processes import answer_commands
 from benchmarks.wire_sides import prepared
 from benchmarks.wire_sides.clients import time_batches
+from benchmarks.wire_sides.free_port import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -43,7 +43,7 @@ def run_server() -> None:
 
     reference_server.compute_supervision = compute_prepared
     logic = reference_server.TargetModelServer(SimpleNamespace(), nccl_port=0, host="127.0.0.1")
-    port = _free_port()
+    port = free_port()
     threading.Thread(target=reference_server.serve, args=(logic, "127.0.0.1", port), daemon=True).start()
     answer_commands(
         {"port": lambda: {"port": port}, "digest": lambda: {"digest": prepared.supervision_digest(*supervision)}}
@@ -84,13 +84,6 @@ def _body_bytes() -> int:
     }
     header = len(wire.encode({name: torch.empty((0,) * len(shape)) for name, (shape, _) in shapes.items()}))
     return header + sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes.values())
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def main() -> None:

@@ -6,9 +6,11 @@ import sys
 
 import click
 
+from eagle_target.cli.bench import bench
 from eagle_target.cli.plugins import plugins
 from eagle_target.cli.serve import serve
 from eagle_target.cli.supervise import supervise
+from eagle_target.cli.verify import verify
 from eagle_target.cli.vocab import vocab
 from eagle_target.errors import EagleTargetError
 
@@ -22,6 +24,8 @@ def cli(debug: bool) -> None:
 
 cli.add_command(serve)
 cli.add_command(supervise)
+cli.add_command(bench)
+cli.add_command(verify)
 cli.add_command(plugins)
 cli.add_command(vocab)
 

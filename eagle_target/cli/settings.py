@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from pydantic_core import PydanticUndefined
 
+from eagle_target.config import ClientConfig
 from eagle_target.errors import ConfigError
-from eagle_target.options import parse_assignments
+from eagle_target.options import is_secret, parse_assignments
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -19,22 +20,26 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from pydantic.fields import FieldInfo
 
-SCALARS: dict[Any, Any] = {int: int, float: float, Path: click.Path(path_type=Path)}
+ACCESS = ("token_file", "ca_file", "client_cert", "client_key")
+SCALARS: dict[Any, Any] = {bool: bool, int: int, float: float, Path: click.Path(path_type=Path)}
 
 
 def settings_flags(model: type[BaseModel], rename: Mapping[str, str]) -> Callable[[Any], Any]:
     """Decorate a command with a `--flag` for every plain field of a model.
 
     Args:
-        rename: flags whose name is not the field's, by field. Mappings get none: `-o` and `-t` are theirs.
+        rename: flags whose name is not the field's, by field. Mappings get none: `-o` and `-t` are theirs;
+            nor do secrets, which others would see in the list of processes.
     """
 
     def decorate(command: Any) -> Any:
         for name, field in reversed(model.model_fields.items()):
-            if not _is_mapping(field):
+            if not _is_mapping(field) and not is_secret(field):
+                flag = "--" + name.replace("_", "-")
                 command = click.option(
-                    rename.get(name, "--" + name.replace("_", "-")),
+                    rename.get(name, flag),
                     name,
+                    is_flag=field.annotation is bool,
                     type=_click_type(field),
                     default=None,
                     help=_help(field),
@@ -42,6 +47,15 @@ def settings_flags(model: type[BaseModel], rename: Mapping[str, str]) -> Callabl
         return command
 
     return decorate
+
+
+def access_flags(command: Any) -> Any:
+    """Decorate a command that asks servers with flags for who it is and whom it trusts; they go to `from_urls`."""
+    for name in reversed(ACCESS):
+        field = ClientConfig.model_fields[name]
+        flag = "--" + name.replace("_", "-")
+        command = click.option(flag, name, type=click.Path(path_type=Path), help=_help(field))(command)
+    return command
 
 
 def given_settings(values: Mapping[str, Any]) -> dict[str, Any]:

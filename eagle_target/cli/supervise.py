@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from eagle_target.cli.settings import access_flags
 from eagle_target.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 @click.option("--encoding", type=click.Choice(["probs", "hidden", "logits"]), default="probs", show_default=True)
 @click.option("--rows", type=click.Choice(["supervised", "all"]), default="supervised", show_default=True)
 @click.option("--transport", default="auto", show_default=True)
+@access_flags
 @click.option("--timeout", type=float, default=120.0, show_default=True, help="Seconds one attempt may take.")
 def supervise(
     urls: tuple[str, ...],
@@ -40,6 +42,7 @@ def supervise(
     rows: Any,
     transport: str,
     timeout: float,
+    **access: Path | None,
 ) -> None:
     """Ask for the supervision of one batch and write it to a file."""
     from safetensors import SafetensorError
@@ -50,7 +53,13 @@ def supervise(
 
     input_ids, attention_mask, loss_mask = read_rows(source)
     with RemoteEagle3TargetModel.from_urls(
-        urls, encoding=encoding, rows=rows, transport=transport, timeout=timeout, ready_timeout=timeout
+        urls,
+        encoding=encoding,
+        rows=rows,
+        transport=transport,
+        timeout=timeout,
+        ready_timeout=timeout,
+        **access,  # type: ignore[arg-type]
     ) as target:
         info = target.model_info()
         mapping = (

@@ -38,6 +38,11 @@ SERVER_ERRORS: dict[str, type[ServerError]] = {
     "closed": Unavailable,
     "body-too-large": RequestTooLarge,
     "too-many-tokens": RequestTooLarge,
+    "too-many-sequences": RequestTooLarge,
+    "sequence-too-long": RequestTooLarge,
+    "mapping-too-large": RequestTooLarge,
+    "headers-too-large": RequestTooLarge,
+    "too-many-connections": Overloaded,
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from eagle_target.errors import ConnectError, ContractError, TransferTimeout, TransportRefused, Unavailable
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from eagle_target.client.peer import Peer
+    from eagle_target.projection import Encoding
 
 logger = logging.getLogger(__name__)
 
@@ -81,8 +82,8 @@ class _Report:
             sys.stderr.write("\r\033[K")
 
 
-def check_agreement(peers: Sequence[Peer], encoding: str) -> None:
-    """Refuse servers whose supervision would differ.
+def check_agreement(peers: Sequence[Peer], encoding: Encoding | Literal["auto"]) -> Encoding:
+    """Refuse servers whose supervision would differ; returns the encoding to ask for.
 
     Raises:
         ContractError: names the two servers and each field that differs, or the encoding one cannot give.
@@ -92,7 +93,10 @@ def check_agreement(peers: Sequence[Peer], encoding: str) -> None:
         differences = first.handshake.served.differences(peer.handshake.served)
         if differences:
             raise ContractError(f"{first.url} and {peer.url} serve different targets: {'; '.join(differences)}")
-        if encoding not in peer.handshake.encodings:
+        if encoding != "auto" and encoding not in peer.handshake.encodings:
             raise ContractError(
                 f"{peer.url} cannot answer in encoding {encoding!r}: use one of {list(peer.handshake.encodings)}"
             )
+    if encoding != "auto":
+        return encoding
+    return "hidden" if all("hidden" in peer.handshake.encodings for peer in peers) else "probs"

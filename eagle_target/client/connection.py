@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import http.client
 import json
-import socket
-import threading
 import time
-import weakref
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import urllib3
 from urllib3 import exceptions as http_errors
-from urllib3.connection import HTTPConnection
-from urllib3.connectionpool import HTTPConnectionPool
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from eagle_target import protocol
+from eagle_target.client.access import Access
 from eagle_target.client.answers import error_of
+from eagle_target.client.checksums import Checksum
+from eagle_target.client.sockets import DirectConnection, OpenSockets, SecureConnection, source_of, tracked
 from eagle_target.errors import ConfigError, ConnectError, ProtocolError, TransferTimeout
 
 if TYPE_CHECKING:
@@ -33,25 +30,50 @@ class ServerConnection:
     """HTTP to one server. Called from several threads at a time.
 
     Args:
-        url: `http://host:port`. timeout: seconds one request may take. max_connections: kept open.
+        url: `http://host:port` or `https://...`. timeout: seconds one request may take. max_connections: kept open.
+        client_id: whose requests these are, for servers that are fair between clients.
+        access: token and certificates. checksum: whether answers of tensors are asked to come with one.
 
     Raises:
         ConfigError: the URL is not `http://host:port`.
     """
 
-    def __init__(self, url: str, *, timeout: float, max_connections: int) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout: float,
+        max_connections: int,
+        client_id: str = "",
+        access: Access | None = None,
+        checksum: bool = True,
+    ) -> None:
         try:
             parts = urlsplit(url)
-            port = parts.port or 80
+            port = parts.port or (443 if parts.scheme == "https" else 80)
         except ValueError as error:
             raise ConfigError(f"{url!r} is not the URL of a server: {error}: http://host:port is expected") from error
-        if parts.scheme != "http" or not parts.hostname or parts.path.strip("/") or parts.query:
+        if "@" in parts.netloc:
+            raise ConfigError("the URL of a server holds no password: give a token, or token_file")
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or parts.query:
             raise ConfigError(f"{url!r} is not the URL of a server: http://host:port is expected")
-        self.url = f"http://{parts.netloc}"
+        self.url = f"{parts.scheme}://{parts.netloc}"
         self._timeout = timeout
+        self._headers = {protocol.CLIENT: client_id} if client_id else {}
+        self.has_checksums = checksum
+        if checksum:
+            self._headers[protocol.CHECKSUM] = protocol.CHECKSUM_NAME
+        self._access = access or Access()
         self._sockets = OpenSockets()
-        self._pool = HTTPConnectionPool(parts.hostname, port, maxsize=max_connections, block=False)
-        self._pool.ConnectionCls = _tracked(self._sockets)
+        self._pool: HTTPConnectionPool
+        if parts.scheme == "https":
+            self._pool = HTTPSConnectionPool(
+                parts.hostname, port, maxsize=max_connections, block=False, ssl_context=self._access.tls
+            )
+            self._pool.ConnectionCls = tracked(SecureConnection, self._sockets)
+        else:
+            self._pool = HTTPConnectionPool(parts.hostname, port, maxsize=max_connections, block=False)
+            self._pool.ConnectionCls = tracked(DirectConnection, self._sockets)
 
     def request(
         self,
@@ -76,7 +98,12 @@ class ServerConnection:
                 method,
                 path,
                 body=body,
-                headers={"Content-Type": protocol.CONTENT_TYPE, **(headers or {})},
+                headers={
+                    "Content-Type": protocol.CONTENT_TYPE,
+                    **self._headers,
+                    **self._access.headers(),
+                    **(headers or {}),
+                },
                 retries=False,
                 redirect=False,
                 preload_content=False,
@@ -125,7 +152,8 @@ class ResponseBody:
         self.headers = answer.headers
         self.content_type = answer.headers.get("Content-Type", "").partition(";")[0]
         self.length = self._left = _content_length(answer)
-        self._source = _source_of(answer)
+        self._source = source_of(answer)
+        self._checksum = Checksum(server.has_checksums)
         if not self._left:
             answer.drain_conn()
 
@@ -141,6 +169,7 @@ class ResponseBody:
                 count = self._source.readinto(buffer[filled : filled + READ_BYTES])
                 if not count:
                     raise http_errors.IncompleteRead(self.length - self._left + filled, self._left - filled)
+                self._checksum.update(buffer[filled : filled + count])
                 filled += count
                 self._check_deadline()
         except (http_errors.HTTPError, OSError, ValueError) as error:
@@ -149,6 +178,14 @@ class ResponseBody:
         self._left -= filled
         if not self._left:
             self._answer.release_conn()
+
+    def check(self) -> None:
+        """Compare the whole body's checksum with the one the server sent, which must be there if it was asked for.
+
+        Raises:
+            ProtocolError: they differ, or there is none, or the body was not read to its end.
+        """
+        self._checksum.check(self._server.url, self.headers.get(protocol.CHECKSUM), self._left)
 
     def read_all(self, limit: int) -> bytes:
         """Return the rest of a small body.
@@ -174,67 +211,6 @@ class ResponseBody:
         """Drop the connection unless the body was read to its end."""
         if self._left:
             self._answer.close()
-
-
-class OpenSockets:
-    """The sockets to one server, which any thread can cut."""
-
-    def __init__(self) -> None:
-        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
-        self._lock = threading.Lock()
-        self.closed = False
-
-    def add(self, connected: socket.socket) -> None:
-        """Keep a socket in sight for as long as it is open; after `cut` it is cut at once."""
-        with self._lock:
-            self._sockets.add(connected)
-            if self.closed:
-                _shut_down(connected)
-
-    def cut(self) -> None:
-        """Shut every socket down; whoever waits on one gets an error."""
-        with self._lock:
-            self.closed = True
-            for connected in self._sockets:
-                _shut_down(connected)
-
-
-def _shut_down(connected: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        connected.shutdown(socket.SHUT_RDWR)
-
-
-class DirectConnection(HTTPConnection):
-    """A connection that keeps http.client's own object behind its last answer.
-
-    That reads from the socket straight into a buffer, where urllib3's `readinto` makes a bytes object and copies it.
-    """
-
-    answer: http.client.HTTPResponse | None = None
-
-    def response_class(self, *args: Any, **options: Any) -> http.client.HTTPResponse:  # type: ignore[override]
-        """Make the answer; http.client calls this where it has a class by default."""
-        self.answer = http.client.HTTPResponse(*args, **options)
-        return self.answer
-
-
-def _source_of(answer: urllib3.BaseHTTPResponse) -> http.client.HTTPResponse | urllib3.BaseHTTPResponse:
-    """Where to read an answer's body from with the fewest copies."""
-    connection = answer.connection
-    direct = connection.answer if isinstance(connection, DirectConnection) else None
-    return answer if direct is None else direct
-
-
-def _tracked(sockets: OpenSockets) -> type[HTTPConnection]:
-    """A connection class that tells of the sockets it opens."""
-
-    class Connection(DirectConnection):
-        def connect(self) -> None:
-            super().connect()
-            # Not the connection: it lets go of its socket while a last answer is still read from it.
-            sockets.add(self.sock)
-
-    return Connection
 
 
 def _content_length(answer: urllib3.BaseHTTPResponse) -> int:

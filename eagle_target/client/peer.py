@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from eagle_target import protocol
 from eagle_target.client.agreement import Negotiator
 from eagle_target.client.control import ChannelControl
+from eagle_target.client.timings import received
 from eagle_target.errors import ConnectError, EagleTargetError, ProtocolError, RequestTooLarge, ServerError
 from eagle_target.rows import PackedTensors
 from eagle_target.runner import DraftHead
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
     from eagle_target.client.agreement import Agreement
     from eagle_target.client.connection import ResponseBody, ServerConnection
+    from eagle_target.client.timings import Received
     from eagle_target.plugins import Plugins
     from eagle_target.protocol import Handshake
     from eagle_target.rows import Sink
@@ -96,11 +99,11 @@ class Peer:
                 self._settle(self._negotiator.agree(self._handshake))
         return self._handshake
 
-    def supervise(self, request: SupervisionRequest, make_sink: Callable[[], AnySink]) -> tuple[AnySink, int]:
+    def supervise(self, request: SupervisionRequest, make_sink: Callable[[], AnySink]) -> tuple[AnySink, Received]:
         """Have a request answered into a new sink; uploads what the server has forgotten, mends a channel that broke.
 
         Returns:
-            the sink, and how many bytes were received.
+            the sink, and the bytes and seconds it took.
 
         Raises:
             RequestTooLarge: more than the server said it takes; nothing was sent.
@@ -158,7 +161,7 @@ class Peer:
             agreement.end()
         self.connection.close()
 
-    def _ask(self, request: SupervisionRequest, sink: AnySink, agreement: Agreement) -> tuple[AnySink, int]:
+    def _ask(self, request: SupervisionRequest, sink: AnySink, agreement: Agreement) -> tuple[AnySink, Received]:
         if request.mapping is not None:
             self.upload_mapping(request.mapping)
         request_id = secrets.token_hex(8)
@@ -168,22 +171,25 @@ class Peer:
         if agreement.refused:
             headers[protocol.PASSED_OVER] = ",".join(agreement.refused)
         body = self.connection.request("POST", protocol.SUPERVISION, protocol.encode_request(request), headers)
-        try:
-            self._check_answer(body, request, request_id)
-            agreement.channel.receive(body, sink)
-        finally:
-            body.close()
-        moved = body.headers.get(protocol.MOVED_BYTES, "")
-        return sink, body.length + (int(moved) if moved.isdecimal() else 0)
-
-    def _check_answer(self, body: ResponseBody, request: SupervisionRequest, request_id: str) -> None:
         expected = {protocol.REQUEST_ID: request_id, protocol.FINGERPRINT: self.handshake.fingerprint}
         if request.mapping is not None:
             expected[protocol.MAPPING] = request.mapping.sha256
+        try:
+            self._check_answer(body.headers, expected)
+            started = time.perf_counter()
+            metadata = agreement.channel.receive(body, sink)
+            body.check()
+            self._check_answer(metadata, expected)
+            return sink, received(body.headers, body.length, time.perf_counter() - started)
+        finally:
+            body.close()
+
+    def _check_answer(self, given: Mapping[str, str], expected: Mapping[str, str]) -> None:
+        """Both the headers, and what came with the tensors over whatever transport they took."""
         for name, value in expected.items():
-            if body.headers.get(name) != value:
+            if given.get(name) != value:
                 raise ProtocolError(
-                    f"{self.url} answered with {name} {body.headers.get(name)!r}, expected {value!r}: "
+                    f"{self.url} answered with {name} {given.get(name)!r}, expected {value!r}: "
                     "was it restarted with another target?"
                 )
 
@@ -203,6 +209,7 @@ class Peer:
         wire = self._plugins.transports.get("wire")
         control = ChannelControl(self.connection, "wire", device="cpu", target_device=self.handshake.target.device)
         metadata = wire.connect(wire.options_model(), {}, control).receive(body, tensors)
+        body.check()
         return tensors, metadata
 
     @contextmanager

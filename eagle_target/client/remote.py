@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import threading
-from typing import TYPE_CHECKING, Any, Self, get_args
+import secrets
+import time
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import torch
 
-from eagle_target.client.buffers import BufferPool
+from eagle_target.answer_size import bytes_per_token
+from eagle_target.buffers import BufferPool
+from eagle_target.client.access import open_access
 from eagle_target.client.connecting import check_agreement, wait_for_handshakes
 from eagle_target.client.connection import ServerConnection
 from eagle_target.client.dispatch import Dispatcher
 from eagle_target.client.peer import Peer
 from eagle_target.client.staging import StagedSink
+from eagle_target.client.timings import Traffic
 from eagle_target.errors import ConfigError, ConnectError
 from eagle_target.plugins import load_plugins
 from eagle_target.projection import PROBS_DTYPES, Encoding, RowPolicy
@@ -20,6 +24,7 @@ from eagle_target.requesting import BatchForm, RequestingBackend
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from eagle_target.batch import Eagle3TargetBatch
     from eagle_target.runner import DraftHead
@@ -40,8 +45,7 @@ class RemoteEagle3TargetModel(RequestingBackend):
         self._fingerprint = first.fingerprint
         self._aux_layer_ids = first.aux_layer_ids
         self._buffers = BufferPool()
-        self._counting = threading.Lock()
-        self._traffic = {"requests": 0, "tokens": 0, "bytes_received": 0}
+        self._traffic = Traffic()
 
     @classmethod
     def from_urls(
@@ -49,9 +53,15 @@ class RemoteEagle3TargetModel(RequestingBackend):
         urls: Sequence[str],
         *,
         device: torch.device | str = "cpu",
+        token: str | None = None,
+        token_file: Path | str | None = None,
+        ca_file: Path | str | None = None,
+        client_cert: Path | str | None = None,
+        client_key: Path | str | None = None,
+        checksum: bool = True,
         transport: str = "auto",
         transport_options: Mapping[str, Mapping[str, Any]] | None = None,
-        encoding: Encoding = "probs",
+        encoding: Encoding | Literal["auto"] = "auto",
         rows: RowPolicy = "supervised",
         probs_dtype: torch.dtype = torch.float32,
         timeout: float = 120.0,
@@ -61,11 +71,17 @@ class RemoteEagle3TargetModel(RequestingBackend):
         """Connect to servers, wait for those still loading, and check that they serve the same.
 
         Args:
-            urls: `http://host:port` each.
+            urls: `http://host:port` or `https://host:port` each.
             device: where batches go.
+            token, token_file: the token to send, or a file with it; where neither is given, the variables
+                EAGLE_TARGET_TOKEN and EAGLE_TARGET_TOKEN_FILE hold.
+            ca_file: authorities that https servers are checked against; default the system's.
+            client_cert, client_key: this client's certificate, for servers that ask for one.
+            checksum: whether each answer's body is checked against a checksum.
             transport: `auto` for the best both ends have; a name; or names in order of preference, comma-separated.
             transport_options: options by transport name.
-            encoding: `probs`, `hidden` or `logits`.
+            encoding: `probs`, `hidden` or `logits`; `auto` is `hidden` where every server hands its head out, else
+                `probs`. See `answer_size` for the bytes of each.
             rows: `supervised` or `all`.
             probs_dtype: float32, bfloat16 or float16.
             timeout: seconds one attempt may take.
@@ -81,9 +97,20 @@ class RemoteEagle3TargetModel(RequestingBackend):
         if rows not in get_args(RowPolicy) or probs_dtype not in PROBS_DTYPES:
             raise ConfigError(f"rows must be supervised or all, probs_dtype a float, got {rows!r} and {probs_dtype}")
         plugins = load_plugins()
+        client_id = secrets.token_hex(8)
+        access = open_access(
+            token=token, token_file=token_file, ca_file=ca_file, client_cert=client_cert, client_key=client_key
+        )
         peers = [
             Peer(
-                ServerConnection(url, timeout=timeout, max_connections=WORKERS_PER_SERVER),
+                ServerConnection(
+                    url,
+                    timeout=timeout,
+                    max_connections=WORKERS_PER_SERVER,
+                    client_id=client_id,
+                    access=access,
+                    checksum=checksum,
+                ),
                 plugins=plugins,
                 transports=[name.strip() for name in transport.split(",")],
                 transport_options=transport_options or {},
@@ -93,21 +120,22 @@ class RemoteEagle3TargetModel(RequestingBackend):
         ]
         try:
             wait_for_handshakes(peers, ready_timeout)
-            check_agreement(peers, encoding)
+            chosen = check_agreement(peers, encoding)
         except BaseException:
             for peer in peers:
                 peer.close()
             raise
         dispatcher = Dispatcher(peers, max_retries=max_retries, timeout=timeout)
-        return cls(dispatcher, BatchForm(encoding, rows, probs_dtype, torch.device(device)))
+        return cls(dispatcher, BatchForm(chosen, rows, probs_dtype, torch.device(device)))
 
     def model_info(self) -> dict[str, Any]:
-        """Facts about the target, each server's health and transport, and what has travelled."""
+        """Facts about the target, each server's health and transport, what has travelled and where its time went."""
         return {
             **self.info.model_dump(mode="json"),
             "aux_layer_ids": list(self._aux_layer_ids),
             "fingerprint": self._fingerprint,
             "encoding": self.form.encoding,
+            "bytes_per_token": self._bytes_per_token(),
             "servers": [
                 {
                     "url": standing.peer.url,
@@ -120,8 +148,13 @@ class RemoteEagle3TargetModel(RequestingBackend):
                 }
                 for standing in self._dispatcher.standings
             ],
-            "traffic": {**self._traffic, "retries": self._dispatcher.retries},
+            "traffic": {**self._traffic.totals(), "retries": self._dispatcher.retries},
         }
+
+    def _bytes_per_token(self) -> dict[str, int]:
+        mapping = self._vocabulary.mapping
+        encodings = self._dispatcher.standings[0].peer.handshake.encodings
+        return bytes_per_token(self.info, encodings, None if mapping is None else mapping.draft_vocab_size)
 
     def input_embedding_weight(self) -> torch.Tensor:
         """Fetched at each call; keep it."""
@@ -138,12 +171,10 @@ class RemoteEagle3TargetModel(RequestingBackend):
             return StagedSink(self._assembler(rows, request, head), self.form.device)
 
         sink, received = peer.supervise(request, make_sink)
+        started = time.perf_counter()
         with torch.no_grad():
             batch = sink.finish()
-        with self._counting:
-            self._traffic["requests"] += 1
-            self._traffic["tokens"] += request.tokens
-            self._traffic["bytes_received"] += received
+        self._traffic.count(request.tokens, received, time.perf_counter() - started)
         return batch
 
     def _fetch_draft_head(self, mapping: VocabMapping) -> DraftHead:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import secrets
+import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,10 +18,20 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from eagle_target import protocol
-from eagle_target.errors import ContractError, EagleTargetError, RequestTooLarge, ServerError, VocabMappingError
+from eagle_target.answer_size import bytes_per_token
+from eagle_target.errors import ContractError, EagleTargetError, ServerError, VocabMappingError
 from eagle_target.server import metrics
-from eagle_target.server.bodies import TensorResponse, read_body, wait_for_disconnect
-from eagle_target.server.problems import answer_problem, problem, problem_of
+from eagle_target.server.bodies import TensorResponse, checksum_headers, read_body, wait_for_disconnect
+from eagle_target.server.limits import check_size, read_mapping_body
+from eagle_target.server.problems import (
+    CLIENT_GONE,
+    answer_http_error,
+    answer_nobody,
+    answer_problem,
+    problem,
+    problem_of,
+)
+from eagle_target.server.security import AUTHORIZED
 from eagle_target.tensor_format import decode_tensors, encode_tensors
 from eagle_target.transports import Reply
 
@@ -33,8 +45,7 @@ if TYPE_CHECKING:
     from eagle_target.vocabulary import VocabMapping
 
 MAX_HELLO_BYTES = 1 << 16
-# nginx's status for a client that went away; nobody reads it, the metrics count it.
-CLIENT_GONE = 499
+MAX_CLIENT_LETTERS = 64
 
 
 class TargetApp:
@@ -54,6 +65,7 @@ class TargetApp:
                 Route(protocol.TARGET, self.handshake),
                 Route(protocol.INPUT_EMBEDDINGS, self.input_embeddings),
                 Route(protocol.LM_HEAD, self.lm_head, methods=["POST"]),
+                Route(protocol.VOCAB_MAPPINGS + "/{sha256}", self.show_mapping),
                 Route(protocol.VOCAB_MAPPINGS + "/{sha256}", self.put_mapping, methods=["PUT"]),
                 Route(protocol.SUPERVISION, self.supervise, methods=["POST"]),
                 Route(protocol.TRANSPORTS + "/{name}/channels", self.open_channel, methods=["POST"]),
@@ -63,8 +75,8 @@ class TargetApp:
             ],
             exception_handlers={
                 EagleTargetError: answer_problem,
-                ClientDisconnect: _answer_nobody,
-                HTTPException: _answer_http_error,
+                ClientDisconnect: answer_nobody,
+                HTTPException: answer_http_error,
                 Exception: answer_problem,
             },
         )
@@ -73,12 +85,13 @@ class TargetApp:
         """The process is alive."""
         return JSONResponse({"status": "alive"})
 
-    async def ready(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's signature
+    async def ready(self, request: Request) -> Response:
         """The engine is loaded and answers."""
         state, failure = self.server.state, self.server.failure
         if state == "ready":
             return JSONResponse({"status": state})
-        detail = f"the server is {state}" + (f": {failure}" if failure else "")
+        # Strangers may ask, and a failure's message names files.
+        detail = f"the server is {state}" + (f": {failure}" if failure and request.scope.get(AUTHORIZED) else "")
         return problem(503, f"{state}", detail, retry_after=1.0)
 
     async def show_metrics(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's signature
@@ -94,6 +107,7 @@ class TargetApp:
             aux_layer_ids=served.aux_layer_ids,
             fingerprint=served.fingerprint,
             encodings=self.server.encodings,
+            bytes_per_token=bytes_per_token(served.info, self.server.encodings, None),
             transports=self.channels.offers(),
             limits=protocol.Limits(
                 max_body_bytes=config.max_body_bytes,
@@ -104,10 +118,10 @@ class TargetApp:
         )
         return JSONResponse(answer.model_dump(mode="json"))
 
-    async def input_embeddings(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's signature
+    async def input_embeddings(self, request: Request) -> Response:
         """The input embedding as `weight`."""
         weight = await asyncio.wrap_future(self.server.input_embedding_weight())
-        return await self._stream({"weight": weight}, {})
+        return await self._stream(request, {"weight": weight}, {})
 
     async def lm_head(self, request: Request) -> Response:
         """Rows of the LM head for `token_ids`."""
@@ -123,11 +137,17 @@ class TargetApp:
             raise ContractError("this target's LM head cannot be handed out: use encoding 'probs' or 'logits'")
         parts = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
         soft_cap = "" if head.soft_cap is None else repr(head.soft_cap)
-        return await self._stream(parts, {"logit_scale": repr(head.logit_scale), "soft_cap": soft_cap})
+        return await self._stream(request, parts, {"logit_scale": repr(head.logit_scale), "soft_cap": soft_cap})
+
+    async def show_mapping(self, request: Request) -> Response:
+        """What a mapping that was given makes of a token, by encoding."""
+        mapping = self._find_mapping(request.path_params["sha256"])
+        sizes = bytes_per_token(self.server.served.info, self.server.encodings, mapping.draft_vocab_size)
+        return JSONResponse({"draft_vocab_size": mapping.draft_vocab_size, "bytes_per_token": sizes})
 
     async def put_mapping(self, request: Request) -> Response:
         """Keep a vocabulary mapping under its hash."""
-        mapping = protocol.decode_mapping(await self._read(request))
+        mapping = protocol.decode_mapping(await read_mapping_body(request, self.config))
         if request.path_params["sha256"] != mapping.sha256:
             raise VocabMappingError(
                 f"the mapping's hash is {mapping.sha256}, the path says {request.path_params['sha256'][:64]!r}"
@@ -188,17 +208,19 @@ class TargetApp:
         request_id = request.headers.get(protocol.REQUEST_ID) or secrets.token_hex(8)
         body = await self._read(request)
         supervision_request = protocol.decode_request(body, self._find_mapping)
-        if supervision_request.tokens > self.config.max_request_tokens:
-            raise RequestTooLarge(
-                f"the request has {supervision_request.tokens} tokens, this server takes "
-                f"{self.config.max_request_tokens}: send fewer rows a batch, or raise max_request_tokens",
-                status=413,
-                problem="too-many-tokens",
-            )
-        supervised = await _wait(self.server.submit(supervision_request, channel.new_tensors), request)
+        check_size(supervision_request, self.config)
+        client = request.headers.get(protocol.CLIENT) or (request.client.host if request.client else "")
+        submit = partial(
+            self.server.submit, supervision_request, channel.new_tensors, client=client[:MAX_CLIENT_LETTERS]
+        )
+        # Only the cache's keys take time worth speaking of.
+        future = submit() if self.server.cache is None else await run_in_threadpool(submit)
+        supervised = await _wait(future, request)
+        answered_at = time.perf_counter()
         headers = self._headers(request_id, supervision_request.mapping, supervised)
         metadata = {name: value for name, value in headers.items() if name != protocol.TIMINGS}
         reply = await run_in_threadpool(channel.send, request_id, supervised.tensors, metadata)
+        headers |= await checksum_headers(request, reply)
         if reply.moved_bytes:
             headers[protocol.MOVED_BYTES] = str(reply.moved_bytes)
         self.metrics.count_supervision(
@@ -208,7 +230,13 @@ class TargetApp:
             timings=supervised.timings,
         )
         self.metrics.count_passed_over(request.headers.get(protocol.PASSED_OVER, ""))
-        return TensorResponse(reply, headers, send_timeout=self.config.send_timeout)
+        return TensorResponse(
+            reply,
+            headers,
+            send_timeout=self.config.send_timeout,
+            held=supervised.tensors,
+            on_sent=lambda: self.metrics.count_stage("send", time.perf_counter() - answered_at),
+        )
 
     def _headers(self, request_id: str, mapping: VocabMapping | None, supervised: Supervised) -> dict[str, str]:
         stages = (f"{stage};dur={seconds * 1000:.3f}" for stage, seconds in supervised.timings.items())
@@ -228,12 +256,11 @@ class TargetApp:
     async def _read(self, request: Request) -> memoryview:
         return await read_body(request, limit=self.config.max_body_bytes, timeout=self.config.body_timeout)
 
-    async def _stream(self, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> Response:
+    async def _stream(self, request: Request, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> Response:
         # Tensors on a device are copied first, which other requests need not wait for.
         reply = Reply(protocol.CONTENT_TYPE, await run_in_threadpool(encode_tensors, tensors, metadata))
-        return TensorResponse(
-            reply, {protocol.FINGERPRINT: self.server.served.fingerprint}, send_timeout=self.config.send_timeout
-        )
+        headers = {protocol.FINGERPRINT: self.server.served.fingerprint, **await checksum_headers(request, reply)}
+        return TensorResponse(reply, headers, send_timeout=self.config.send_timeout)
 
 
 class _Counted(Response):
@@ -264,16 +291,3 @@ async def _wait(future: Future[Supervised], request: Request) -> Supervised:
     finally:
         gone.cancel()
         answer.cancel()
-
-
-async def _answer_nobody(request: Request, error: Exception) -> Response:  # noqa: ARG001 - Starlette's signature
-    return Response(status_code=CLIENT_GONE)
-
-
-async def _answer_http_error(request: Request, error: Exception) -> Response:
-    """Routes that do not exist, and methods they do not have."""
-    status = error.status_code if isinstance(error, HTTPException) else 500
-    name = {404: "not-found", 405: "method-not-allowed"}.get(status, "http")
-    answer = problem(status, name, f"{request.method} {request.url.path[:200]}: see docs/protocol.md for the routes")
-    answer.headers.update(getattr(error, "headers", None) or {})
-    return answer

@@ -7,13 +7,16 @@ import logging
 from typing import TYPE_CHECKING
 
 import numpy
+import xxhash
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from eagle_target import protocol
 from eagle_target.errors import RequestTooLarge, ServerError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from starlette.types import Receive, Scope, Send
 
@@ -24,23 +27,33 @@ logger = logging.getLogger(__name__)
 CHUNK_BYTES = 4 << 20
 
 
-async def read_body(request: Request, *, limit: int, timeout: float) -> memoryview:
+async def read_body(
+    request: Request,
+    *,
+    limit: int,
+    timeout: float,
+    problem: str = "body-too-large",
+    setting: str = "max_body_bytes",
+) -> memoryview:
     """Read a request's body into memory taken once.
+
+    Args:
+        limit: bytes it may have. timeout: seconds it may take.
+        problem, setting: what a body past the limit is called, and what raises the limit.
 
     Raises:
         ServerError: no Content-Length, or the body took longer than `timeout` seconds.
         RequestTooLarge: more than `limit` bytes were announced.
     """
     announced = request.headers.get("content-length", "")
-    if not announced.isdecimal():
+    if not (announced.isascii() and announced.isdecimal()):
         raise ServerError("the request needs a Content-Length header", status=411, problem="length-required")
     length = int(announced)
     if length > limit:
         raise RequestTooLarge(
-            f"the body has {length} bytes, this server takes {limit}: send fewer tokens a request, or raise "
-            "max_body_bytes",
+            f"the body has {length} bytes, this server takes {limit}: send less, or raise {setting}",
             status=413,
-            problem="body-too-large",
+            problem=problem,
         )
     # Not zeroed: a client that announces much and sends nothing takes no memory.
     body = numpy.empty(length, numpy.uint8).data
@@ -61,14 +74,39 @@ async def read_body(request: Request, *, limit: int, timeout: float) -> memoryvi
     return body
 
 
+async def checksum_headers(request: Request, reply: Reply) -> dict[str, str]:
+    """The header with a body's checksum, for a client that asked for it."""
+    if request.headers.get(protocol.CHECKSUM) != protocol.CHECKSUM_NAME:
+        return {}
+    return {protocol.CHECKSUM: f"{protocol.CHECKSUM_NAME}={await run_in_threadpool(_digest, reply)}"}
+
+
+def _digest(reply: Reply) -> str:
+    state = xxhash.xxh3_64()
+    for part in reply.parts:
+        state.update(part)
+    return state.hexdigest()
+
+
 class TensorResponse(Response):
     """Streams a transport's reply from the tensors' own memory.
 
-    A client that stops reading for `send_timeout` seconds is dropped.
+    A client that stops reading for `send_timeout` seconds is dropped. `held` lives as long as the response;
+    `on_sent` is called once everything is sent.
     """
 
-    def __init__(self, reply: Reply, headers: Mapping[str, str], *, send_timeout: float) -> None:
+    def __init__(
+        self,
+        reply: Reply,
+        headers: Mapping[str, str],
+        *,
+        send_timeout: float,
+        held: object | None = None,
+        on_sent: Callable[[], None] | None = None,
+    ) -> None:
         self._reply = reply
+        self._held = held
+        self._on_sent = on_sent
         self._send_timeout = send_timeout
         super().__init__(
             headers={**headers, "Content-Length": str(reply.length)},
@@ -89,6 +127,8 @@ class TensorResponse(Response):
             logger.warning("dropped a client that read nothing for %g seconds", self._send_timeout)
             return
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+        if self._on_sent is not None:
+            self._on_sent()
 
 
 async def wait_for_disconnect(request: Request) -> None:

@@ -1,57 +1,148 @@
-"""HTTP connections that do not stay open for nothing."""
+"""HTTP connections with limits: how many, how long they may be silent, how much may stand before a body."""
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from eagle_target.server.problems import problem
+
 if TYPE_CHECKING:
     import asyncio
 
+    from eagle_target.config import ServerConfig
 
-class TimedConnection(HttpToolsProtocol):
-    """uvicorn's connection, closed when a request's headers do not come within `headers_timeout` seconds.
+logger = logging.getLogger(__name__)
 
-    uvicorn 0.54 times idle connections between requests, but neither silent ones nor headers that never end.
+RETRY_SECONDS = 1.0
+# Longer than a route waits for a body, so that it is the one to say so.
+GRACE_SECONDS = 5.0
+
+
+class LimitedConnection(HttpToolsProtocol):
+    """uvicorn's connection, with an answer and an end for what is past a limit.
+
+    uvicorn 0.54 times idle connections between requests, but neither silent ones nor headers that never end, and takes
+    any number of headers of any size.
     """
 
-    headers_timeout: ClassVar[float] = 30.0
+    max_connections: ClassVar[int]
+    max_headers: ClassVar[int]
+    max_header_bytes: ClassVar[int]
+    headers_timeout: ClassVar[float]
+    body_timeout: ClassVar[float]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._request_timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_in_head = True
+        self._raw_bytes = self._parsed_bytes = 0
+        self._is_refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Wait for a first request."""
+        """Wait for a first request, if there is room for it."""
         super().connection_made(transport)
-        self._expect_headers()
+        if len(self.connections) > self.max_connections:
+            self._refuse(
+                503,
+                "too-many-connections",
+                f"this server holds {self.max_connections} connections: try later, or raise max_connections",
+                retry_after=RETRY_SECONDS,
+            )
+            return
+        self._start_timer(self.headers_timeout)
+
+    def data_received(self, data: bytes) -> None:
+        """Count what stands before a body, also what the parser holds of a header that has no end yet."""
+        if self._is_refused:
+            return
+        super().data_received(data)
+        if self._is_in_head:
+            self._raw_bytes += len(data)
+            self._check_head()
 
     def on_message_begin(self) -> None:
         """Wait for the rest of the headers."""
         super().on_message_begin()
-        self._expect_headers()
+        self._is_in_head, self._raw_bytes, self._parsed_bytes = True, 0, 0
+        self._start_timer(self.headers_timeout)
+
+    def on_url(self, url: bytes) -> None:
+        """Count the first line."""
+        self._parsed_bytes += len(url)
+        if self._check_head():
+            super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Count a header; those behind a chunked body count, too."""
+        self._parsed_bytes += len(name) + len(value) + 4
+        if self._check_head():
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """Go on without a timer: the body has its own."""
+        """Wait for the body, which whoever reads it has less patience with; the others never read it."""
+        if self._is_refused:
+            return
         self._stop_timer()
+        self._start_timer(self.body_timeout + GRACE_SECONDS)
+        self._is_in_head, self._raw_bytes = False, 0
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Take the body of a request that was let in."""
+        if not self._is_refused:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """End a request that was let in."""
+        if not self._is_refused:
+            self._stop_timer()
+            super().on_message_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the timer."""
         self._stop_timer()
         super().connection_lost(exc)
 
-    def _expect_headers(self) -> None:
-        if self._request_timer is None:
-            self._request_timer = self.loop.call_later(self.headers_timeout, self.timeout_keep_alive_handler)
+    def _check_head(self) -> bool:
+        if self._is_refused:
+            return False
+        size = max(self._raw_bytes, self._parsed_bytes)
+        if size <= self.max_header_bytes and len(self.headers or ()) < self.max_headers:
+            return True
+        self._refuse(
+            431,
+            "headers-too-large",
+            f"this server takes {self.max_headers} headers of {self.max_header_bytes} bytes together, with the first "
+            "line: send less, or raise max_headers and max_header_bytes",
+        )
+        return False
+
+    def _refuse(self, status: int, name: str, detail: str, *, retry_after: float | None = None) -> None:
+        """Answer without the application, and end the connection."""
+        self._is_refused = True
+        self._stop_timer()
+        if self.transport.is_closing():
+            return
+        answer = problem(status, name, detail, retry_after=retry_after, close=True)
+        lines = [f"HTTP/1.1 {status} {name}".encode(), *(key + b": " + value for key, value in answer.raw_headers)]
+        self.transport.write(b"\r\n".join([*lines, b"", bytes(answer.body)]))
+        self.transport.close()
+        logger.warning("a connection was refused: %s", name)
+
+    def _start_timer(self, seconds: float) -> None:
+        if self._timer is None:
+            self._timer = self.loop.call_later(seconds, self.timeout_keep_alive_handler)
 
     def _stop_timer(self) -> None:
-        if self._request_timer is not None:
-            self._request_timer.cancel()
-            self._request_timer = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
 
-def timed_connections(headers_timeout: float) -> type[TimedConnection]:
-    """The class with a timeout of its own: uvicorn takes a class, and no arguments for it."""
-    return type("TimedConnection", (TimedConnection,), {"headers_timeout": headers_timeout})
+def limited_connections(config: ServerConfig) -> type[LimitedConnection]:
+    """The class with a server's limits: uvicorn takes a class, and no arguments for it."""
+    limits = {name: getattr(config, name) for name in LimitedConnection.__annotations__}
+    return type("LimitedConnection", (LimitedConnection,), limits)

@@ -1,4 +1,4 @@
-"""The server without HTTP: its state, and the one thread that owns the engine."""
+"""The server without HTTP: its state, the thread that owns the engine, and the one that projects beside it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,21 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from eagle_target.answer_size import answer_bytes
 from eagle_target.errors import ContractError, EagleTargetError, Unavailable
 from eagle_target.info import ServedTarget
 from eagle_target.layers import validate_aux_layer_ids
 from eagle_target.rows import PackedTensors
-from eagle_target.server.forwards import answer_jobs
-from eagle_target.server.jobs import RETRY_SECONDS, Call, Job, JobQueue, Supervised
+from eagle_target.runner import CapacityRunner, ConcurrentHeadRunner, SupervisingRunner
+from eagle_target.server.answering import AnswerStage
+from eagle_target.server.answers import HostMemory
+from eagle_target.server.cache import SequenceCache
+from eagle_target.server.forwards import Forwarded, ForwardStage
+from eagle_target.server.job_queue import JobQueue
+from eagle_target.server.jobs import RETRY_SECONDS, Call, Job, Supervised
 from eagle_target.server.mappings import MappingStore
+from eagle_target.server.outbox import Outbox
+from eagle_target.server.stages import DeviceOrder, SecondStage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -39,6 +47,8 @@ class TargetModelServer:
         max_batch_tokens: requests are joined into one forward up to this many tokens.
         max_queue: requests that may wait.
         max_mappings: vocabulary mappings kept, least recently used out first.
+        max_outbox_bytes, max_client_outbox_bytes: answers that are not sent yet, of all clients and of one.
+        cache_bytes: supervision kept for sequences that are asked for again; 0 for none.
     """
 
     def __init__(
@@ -49,16 +59,23 @@ class TargetModelServer:
         max_batch_tokens: int = 8192,
         max_queue: int = 64,
         max_mappings: int = 32,
+        max_outbox_bytes: int = 8 << 30,
+        max_client_outbox_bytes: int = 2 << 30,
+        cache_bytes: int = 0,
     ) -> None:
         self._load = load
         self._aux_layer_ids = aux_layer_ids
-        self._queue = JobQueue(max_waiting=max_queue, max_batch_tokens=max_batch_tokens)
+        self._max_batch_tokens = max_batch_tokens
+        self._cache_bytes = cache_bytes
+        self._memory: HostMemory | None = None
+        self.outbox = Outbox(max_outbox_bytes, max_client_outbox_bytes)
+        self._queue = JobQueue(max_waiting=max_queue, outbox=self.outbox)
         self._mappings = MappingStore(max_mappings)
         self._changing = threading.Lock()
         self._runner: TargetRunner | None = None
         self._served: ServedTarget | None = None
         self._has_draft_head = False
-        self.running = 0
+        self._forwards: ForwardStage | None = None
         self.state: State = "loading"
         self.failure: str | None = None
         self._thread = threading.Thread(target=self._run, name="eagle-target-engine", daemon=True)
@@ -88,22 +105,54 @@ class TargetModelServer:
         """Requests in the queue."""
         return len(self._queue)
 
+    @property
+    def running(self) -> int:
+        """Requests in the forward that runs."""
+        return 0 if self._forwards is None else self._forwards.running
+
+    @property
+    def padded_tokens(self) -> int:
+        """Tokens the engine computed beside those that were asked for, where it tells."""
+        return 0 if self._forwards is None else self._forwards.padded_tokens
+
+    @property
+    def cache(self) -> SequenceCache | None:
+        """Supervision kept for sequences that are asked for again, where it is."""
+        return self._queue.cache
+
     def submit(
-        self, request: SupervisionRequest, make_tensors: Callable[[], PackedTensors] = PackedTensors
+        self,
+        request: SupervisionRequest,
+        make_tensors: Callable[[], PackedTensors] = PackedTensors,
+        *,
+        client: str = "",
     ) -> Future[Supervised]:
-        """Queue a request; cancel the future to give it up. `make_tensors` gives the sink its supervision goes to.
+        """Queue a client's request; cancel the future to give it up.
+
+        `make_tensors` gives the mapping its supervision goes to. Whoever holds the mapping holds room in the outbox.
 
         Raises:
             ContractError: the target cannot do what is asked.
+            RequestTooLarge: there will never be room for the answer.
             Overloaded: the queue is full. Unavailable: loading, draining, failed or closed.
         """
-        request.check(self.served.info)
+        info = self.served.info
+        request.check(info)
         if request.encoding not in self.encodings:
             raise ContractError(
                 f"encoding {request.encoding!r} needs a plain LM head, which this target has not: "
                 f"use one of {list(self.encodings)}"
             )
-        job = Job(request, make_tensors)
+        size = answer_bytes(request, info)
+        self.outbox.check(size)
+        job = Job(
+            request,
+            client=client,
+            make_tensors=make_tensors,
+            answer_bytes=size,
+            keys=() if self.cache is None else self.cache.keys(request),
+            max_part_tokens=self._max_batch_tokens,
+        )
         self._put(job)
         return job.future
 
@@ -161,14 +210,20 @@ class TargetModelServer:
         return Unavailable(reason, status=503, problem=self.state, retry_after=retry_after)
 
     def _run(self) -> None:
+        second: SecondStage[Forwarded] | None = None
         try:
             runner = self._load_target()
-            while self._work(runner):
+            second = self._start_stages(runner)
+            while self._work(runner, second):
                 pass
         # Whatever it was, SystemExit of an engine included: a thread that is gone must not look like one that loads.
         except BaseException as error:  # noqa: BLE001
             self._give_up(error)
         finally:
+            if second is not None:
+                second.close()
+            if self._memory is not None:
+                self._memory.close()
             if self._runner is not None:
                 self._runner.close()
 
@@ -189,45 +244,48 @@ class TargetModelServer:
         aux_layer_ids = validate_aux_layer_ids(self._aux_layer_ids, runner.info.num_layers)
         runner.set_aux_layers(aux_layer_ids)
         self._has_draft_head = runner.draft_head(torch.tensor([0])) is not None
+        served = ServedTarget(info=runner.info, aux_layer_ids=aux_layer_ids)
+        if self._cache_bytes:
+            self._queue.cache = SequenceCache(self._cache_bytes, served.fingerprint)
         with self._changing:
-            self._served = ServedTarget(info=runner.info, aux_layer_ids=aux_layer_ids)
+            self._served = served
             if self.state == "loading":
                 self.state = "ready"
         return runner
 
-    def _work(self, runner: TargetRunner) -> bool:
-        """Answer what comes next; False when closed. Keeps no answer alive while it waits."""
-        work = self._queue.take()
+    def _start_stages(self, runner: TargetRunner) -> SecondStage[Forwarded]:
+        device = torch.device(runner.info.device)
+        # What a supervising runner has projected only has to be copied, which is no call of the runner.
+        is_beside = isinstance(runner, SupervisingRunner) or (
+            isinstance(runner, ConcurrentHeadRunner) and runner.concurrent_head
+        )
+        answering = AnswerStage(self._queue, self._note, self._give_up)
+        second: SecondStage[Forwarded] = SecondStage(answering.handle, answering.abandon, is_threaded=is_beside)
+        self._memory = HostMemory(pinned=device.type == "cuda")
+        self._forwards = ForwardStage(runner, self._memory, DeviceOrder(device, is_beside=is_beside), second)
+        return second
+
+    def _work(self, runner: TargetRunner, second: SecondStage[Forwarded]) -> bool:
+        """Run what comes next; False when closed. Keeps no answer alive while it waits."""
+        work = self._queue.take(lambda: self._room(runner))
         if isinstance(work, Call):
-            _answer_call(runner, work)
-        elif work is not None:
-            self._answer(runner, [job for job in work if job.future.set_running_or_notify_cancel()])
+            work.answer(runner)
+        elif work and self._forwards is not None:
+            if sum(part.tokens for part in work) > self._room(runner):
+                # A single part larger than what fits now: what the second stage holds is freed first.
+                second.wait_until_idle()
+            self._forwards.run(work)
+        elif self._memory is not None:
+            self._memory.trim()
         return work is not None
 
-    def _answer(self, runner: TargetRunner, jobs: list[Job]) -> None:
-        if not jobs:
-            return
-        self.running = len(jobs)
-        try:
-            failure = answer_jobs(runner, jobs)
-        finally:
-            self.running = 0
-            # Only what ends this thread leaves some without an answer.
-            stopped = Unavailable("the engine stopped on this request", status=503, problem="failed")
-            for job in jobs:
-                if not job.future.done():
-                    job.future.set_exception(stopped)
+    def _room(self, runner: TargetRunner) -> int:
+        """Tokens of the next forward."""
+        capacity = runner.token_capacity() if isinstance(runner, CapacityRunner) else None
+        return self._max_batch_tokens if capacity is None else min(self._max_batch_tokens, capacity)
+
+    def _note(self, failure: Exception | None) -> None:
         with self._changing:
             if self.state in SERVING_STATES:
                 self.state = "ready" if failure is None else "degraded"
                 self.failure = None if failure is None else f"{type(failure).__name__}: {failure}"
-
-
-def _answer_call(runner: TargetRunner, call: Call) -> None:
-    if not call.future.set_running_or_notify_cancel():
-        return
-    try:
-        with torch.no_grad():
-            call.future.set_result(call.function(runner))
-    except Exception as error:  # noqa: BLE001 - handed to whoever waits for it
-        call.future.set_exception(error)

@@ -1,91 +1,172 @@
-"""Answering joined requests on the engine's thread; one bad request fails alone."""
+"""The first stage: joined parts of requests through the engine, each by itself where that failed."""
 
 from __future__ import annotations
 
 import logging
 import time
 import traceback
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
-from eagle_target.errors import AdapterError, ContractError
-from eagle_target.runner import SupervisingRunner
-from eagle_target.server.jobs import Supervised
+from eagle_target.runner import PaddingRunner, SupervisingRunner
+from eagle_target.server.answers import DeferredSink
+from eagle_target.server.stages import engine_stopped
 from eagle_target.supervision import check_forward, split_forward, store_supervision
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from eagle_target.runner import TargetForward, TargetRunner
-    from eagle_target.server.jobs import Job
+    from eagle_target.server.answers import Answer, HostMemory
+    from eagle_target.server.jobs import Part
+    from eagle_target.server.stages import DeviceOrder, SecondStage
     from eagle_target.supervision import SupervisionRequest
 
 logger = logging.getLogger(__name__)
 
 
-def answer_jobs(runner: TargetRunner, jobs: Sequence[Job]) -> Exception | None:
-    """Answer every job, joined, or each by itself where the joined forward failed.
+@dataclass(slots=True, eq=False)
+class Forwarded:
+    """Parts that were run together, and for each how its supervision gets into its answer.
 
-    Returns:
-        the last failure of a job by itself that no later job's success outweighs; None when the engine is well.
+    error: what a part that was run by itself ran into; there is nothing to store then.
     """
-    try:
-        with torch.no_grad():
-            _supervise(runner, jobs)
-    except Exception as error:
-        waiting = [job for job in jobs if not job.future.done()]
-        release_frames(error)
-        if len(jobs) > 1:
-            failures = [answer_jobs(runner, [job]) for job in waiting]
-            return failures[-1] if failures else None
-        logger.exception("a forward failed")
-        for job in waiting:
-            job.future.set_exception(error if isinstance(error, AdapterError | ContractError) else _engine_error(error))
-        return error
-    return None
+
+    parts: Sequence[Part]
+    stores: list[Callable[[], Answer]] = field(default_factory=list)
+    error: Exception | None = None
 
 
-def release_frames(error: BaseException | None) -> None:
-    """Let go of a failed forward's tensors, which the error's frames would hold for as long as it is kept."""
+class ForwardStage:
+    """Runs parts and hands them on to the second stage, failures included, so that all is answered in order.
+
+    Args:
+        runner: the target. memory: of answers. order: of the device's work. second: the stage that follows.
+    """
+
+    def __init__(
+        self, runner: TargetRunner, memory: HostMemory, order: DeviceOrder, second: SecondStage[Forwarded]
+    ) -> None:
+        self._runner = runner
+        self._memory = memory
+        self._order = order
+        self._second = second
+        self.running = 0
+        self.padded_tokens = 0
+
+    def run(self, taken: Sequence[Part]) -> None:
+        """Run parts together, and each by itself where that fails."""
+        parts = [part for part in taken if not part.job.is_over]
+        self.running = len({part.job for part in parts})
+        try:
+            forwarded = self._try(parts)
+            if forwarded is not None:
+                self._second.put(forwarded)
+                return
+        except BaseException:
+            # Only what ends this thread leaves some without an answer.
+            for part in parts:
+                part.job.fail(engine_stopped())
+            raise
+        finally:
+            self.running = 0
+        for part in parts:
+            self.run([part])
+
+    def _try(self, parts: Sequence[Part]) -> Forwarded | None:
+        """Run parts together; None where that failed and they are several."""
+        try:
+            with torch.no_grad():
+                return Forwarded(parts, self._forward(parts))
+        except Exception as error:  # noqa: BLE001 - logged, and handed to whoever waits
+            is_alone = len(parts) == 1
+            release_frames(error, logged_as="a forward failed" if is_alone else None)
+            return Forwarded(parts, error=error) if is_alone else None
+
+    def _forward(self, parts: Sequence[Part]) -> list[Callable[[], Answer]]:
+        missing = [part for part in parts if part.missing]
+        stores: dict[Part, Callable[[], Answer]] = {
+            part: partial(part.job.open_answer, self._memory) for part in parts if not part.missing
+        }
+        before = self._runner.computed_tokens if isinstance(self._runner, PaddingRunner) else 0
+        if missing and isinstance(self._runner, SupervisingRunner):
+            stores.update(self._supervise(self._runner, missing))
+        elif missing:
+            stores.update(self._run_plain(missing))
+        if isinstance(self._runner, PaddingRunner):
+            self.padded_tokens += self._runner.computed_tokens - before - sum(part.tokens for part in missing)
+        return [stores[part] for part in parts]
+
+    def _supervise(self, runner: SupervisingRunner, parts: Sequence[Part]) -> dict[Part, Callable[[], Answer]]:
+        answers = [part.job.open_answer(self._memory) for part in parts]
+        sinks = [
+            DeferredSink(answer.sink(part.missing, is_shared=len(parts) > 1))
+            for part, answer in zip(parts, answers, strict=True)
+        ]
+        seconds = runner.supervise([part.request() for part in parts], sinks)
+        mark = self._order.forwarded()
+        for part in parts:
+            for stage, spent in seconds.items():
+                part.job.seconds[stage] += spent
+        return {
+            part: partial(self._place, part, answer, sink, mark)
+            for part, answer, sink in zip(parts, answers, sinks, strict=True)
+        }
+
+    def _run_plain(self, parts: Sequence[Part]) -> dict[Part, Callable[[], Answer]]:
+        started = time.perf_counter()
+        requests = [part.request() for part in parts]
+        counts = [request.tokens for request in requests]
+        input_ids = torch.cat([request.input_ids for request in requests]).to(torch.device(self._runner.info.device))
+        forward = self._runner.forward_eagle3(
+            input_ids, [length for request in requests for length in request.seq_lens]
+        )
+        check_forward(forward, sum(counts), self._runner.info)
+        mark = self._order.forwarded()
+        for part in parts:
+            part.job.seconds["forward"] += time.perf_counter() - started
+        return {
+            part: partial(self._project, part, request, piece, mark, is_shared=len(parts) > 1)
+            for part, request, piece in zip(parts, requests, split_forward(forward, counts), strict=True)
+        }
+
+    def _place(self, part: Part, answer: Answer, sink: DeferredSink, mark: torch.cuda.Event | None) -> Answer:
+        """Copy what the runner has projected, where it must be copied; on the second stage's thread."""
+        started = time.perf_counter()
+        with self._order.following(None, mark):
+            sink.flush()
+        part.job.seconds["projection"] += time.perf_counter() - started
+        return answer
+
+    def _project(
+        self,
+        part: Part,
+        request: SupervisionRequest,
+        forward: TargetForward,
+        mark: torch.cuda.Event | None,
+        *,
+        is_shared: bool,
+    ) -> Answer:
+        """Make one part's supervision of its forward; on the second stage's thread."""
+        started = time.perf_counter()
+        answer = part.job.open_answer(self._memory)
+        with torch.no_grad(), self._order.following(forward, mark):
+            store_supervision(self._runner, request, forward, answer.sink(part.missing, is_shared=is_shared))
+        part.job.seconds["projection"] += time.perf_counter() - started
+        return answer
+
+
+def release_frames(error: BaseException | None, *, logged_as: str | None) -> None:
+    """Take an error's frames off it: they hold tensors, and other requests' answers, for as long as it is kept.
+
+    The log gets them as text, since a handler may keep what it is given.
+    """
+    if logged_as is not None and error is not None:
+        logger.error("%s\n%s", logged_as, "".join(traceback.format_exception(error)).rstrip())
     while error is not None:
         traceback.clear_frames(error.__traceback__)
+        error.__traceback__ = None
         error = error.__cause__ or error.__context__
-
-
-def _supervise(runner: TargetRunner, jobs: Sequence[Job]) -> None:
-    started = time.perf_counter()
-    if isinstance(runner, SupervisingRunner):
-        sinks = [job.make_tensors() for job in jobs]
-        seconds = runner.supervise([job.request for job in jobs], sinks)
-        for job, tensors in zip(jobs, sinks, strict=True):
-            job.future.set_result(Supervised(tensors, {"queue": started - job.queued_at, **seconds}))
-        return
-    forwards = _forward(runner, [job.request for job in jobs])
-    forward_seconds = time.perf_counter() - started
-    for job, forward in zip(jobs, forwards, strict=True):
-        projecting = time.perf_counter()
-        tensors = job.make_tensors()
-        store_supervision(runner, job.request, forward, tensors)
-        timings = {
-            "queue": started - job.queued_at,
-            "forward": forward_seconds,
-            "projection": time.perf_counter() - projecting,
-        }
-        job.future.set_result(Supervised(tensors, timings))
-
-
-def _forward(runner: TargetRunner, requests: Sequence[SupervisionRequest]) -> list[TargetForward]:
-    device = torch.device(runner.info.device)
-    counts = [request.tokens for request in requests]
-    input_ids = torch.cat([request.input_ids for request in requests]).to(device)
-    seq_lens = [length for request in requests for length in request.seq_lens]
-    forward = runner.forward_eagle3(input_ids, seq_lens)
-    check_forward(forward, sum(counts), runner.info)
-    return split_forward(forward, counts)
-
-
-def _engine_error(error: Exception) -> AdapterError:
-    failure = AdapterError(f"the engine failed: {type(error).__name__}: {error}")
-    failure.__cause__ = error
-    return failure

@@ -1,4 +1,4 @@
-"""What waits for the engine: a bounded queue that hands out what fits one forward."""
+"""What waits for the engine: requests, in parts of one forward each, and calls."""
 
 from __future__ import annotations
 
@@ -7,36 +7,139 @@ import time
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from eagle_target.errors import Overloaded, Unavailable
+import torch
+
 from eagle_target.rows import PackedTensors
+from eagle_target.server.answers import Answer
+from eagle_target.server.outbox import follow
+from eagle_target.supervision import SupervisionRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from eagle_target.runner import TargetRunner
-    from eagle_target.supervision import SupervisionRequest
+    from eagle_target.server.answers import HostMemory
+    from eagle_target.server.outbox import Claim
 
 RETRY_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Supervised:
-    """One request's supervision, packed, and where its time went, in seconds."""
+    """One request's supervision, packed, and where its time went, in seconds.
+
+    Whoever holds the mapping holds the answer's room in the outbox.
+    """
 
     tensors: PackedTensors
     timings: dict[str, float]
 
 
-@dataclass(slots=True, eq=False)
 class Job:
-    """A request that waits for the engine. make_tensors: gives the sink its supervision goes to."""
+    """A request that waits for its parts to be answered. Its future is pending, and can be cancelled, until then.
 
-    request: SupervisionRequest
-    make_tensors: Callable[[], PackedTensors] = PackedTensors
-    future: Future[Supervised] = field(default_factory=Future)
-    queued_at: float = field(default_factory=time.perf_counter)
+    Args:
+        request: what is asked. client: who asks. make_tensors: gives the mapping its supervision goes to.
+        answer_bytes: what the answer takes. keys: of its sequences in the cache, where there is one.
+        max_part_tokens: a larger request is cut into parts of whole sequences.
+    """
+
+    def __init__(
+        self,
+        request: SupervisionRequest,
+        *,
+        client: str = "",
+        make_tensors: Callable[[], PackedTensors] = PackedTensors,
+        answer_bytes: int = 0,
+        keys: Sequence[bytes] = (),
+        max_part_tokens: int,
+    ) -> None:
+        self.request = request
+        self.client = client
+        self.answer_bytes = answer_bytes
+        self.keys = keys
+        self.future: Future[Supervised] = Future()
+        self.claim: Claim | None = None
+        self.answer: Answer | None = None
+        self.seconds = {"forward": 0.0, "projection": 0.0}
+        self.waiting = deque(cut_sequences(request.seq_lens, max_part_tokens))
+        self.parts = self._unanswered = len(self.waiting)
+        self._make_tensors = make_tensors
+        self._queued_at = time.perf_counter()
+        self._settling = threading.Lock()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it was answered, failed or was given up."""
+        return self.future.done()
+
+    @property
+    def is_started(self) -> bool:
+        """Whether a part of it was taken."""
+        return len(self.waiting) < self.parts
+
+    def open_answer(self, memory: HostMemory) -> Answer:
+        """Where the supervision goes; a whole request that is run again gets a new one."""
+        if self.answer is None or self.parts == 1:
+            tensors = self._make_tensors()
+            if self.claim is not None:
+                follow(self.claim, tensors)
+            self.answer = Answer(self.request, tensors, memory)
+        return self.answer
+
+    def finish_part(self) -> None:
+        """A part was answered; the last one answers the request."""
+        self._unanswered -= 1
+        if self._unanswered or self.answer is None:
+            return
+        busy = sum(self.seconds.values())
+        timings = {"queue": max(0.0, time.perf_counter() - self._queued_at - busy), **self.seconds}
+        answer = Supervised(self.answer.tensors, timings)
+        self._settle(lambda: self.future.set_result(answer))
+
+    def fail(self, error: BaseException) -> None:
+        """Answer with an error, unless it is over."""
+        self._settle(lambda: self.future.set_exception(error))
+
+    def drop(self) -> None:
+        """Let go of what a request that is over holds."""
+        self.answer = self.claim = None
+
+    def _settle(self, answer: Callable[[], None]) -> None:
+        with self._settling:
+            if not self.future.done() and self.future.set_running_or_notify_cancel():
+                answer()
+        self.drop()
+
+
+@dataclass(slots=True, eq=False)
+class Part:
+    """Sequences of a request that share one forward.
+
+    hits: supervision of those that the cache has, by sequence.
+    """
+
+    job: Job
+    sequences: range
+    hits: dict[int, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+
+    @property
+    def missing(self) -> list[int]:
+        """The sequences that have to be computed."""
+        return [sequence for sequence in self.sequences if sequence not in self.hits]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that have to be computed."""
+        seq_lens = self.job.request.seq_lens
+        return sum(seq_lens[sequence] for sequence in self.missing)
+
+    def request(self) -> SupervisionRequest:
+        """The request for what has to be computed."""
+        return select_sequences(self.job.request, self.missing)
 
 
 @dataclass(slots=True, eq=False)
@@ -46,74 +149,45 @@ class Call:
     function: Callable[[TargetRunner], Any]
     future: Future[Any] = field(default_factory=Future)
 
+    def answer(self, runner: TargetRunner) -> None:
+        """Do it, unless it was given up."""
+        if not self.future.set_running_or_notify_cancel():
+            return
+        try:
+            with torch.no_grad():
+                self.future.set_result(self.function(runner))
+        except Exception as error:  # noqa: BLE001 - handed to whoever waits for it
+            self.future.set_exception(error)
 
-class JobQueue:
-    """First in, first out; cancelled work takes no place.
+    def fail(self, error: BaseException) -> None:
+        """Answer with an error, unless it was given up."""
+        if self.future.set_running_or_notify_cancel():
+            self.future.set_exception(error)
 
-    Args:
-        max_waiting: work that may wait. max_batch_tokens: requests are joined up to this many tokens.
-    """
 
-    def __init__(self, *, max_waiting: int, max_batch_tokens: int) -> None:
-        self._max_waiting = max_waiting
-        self._max_batch_tokens = max_batch_tokens
-        self._waiting: deque[Job | Call] = deque()
-        self._changed = threading.Condition()
-        self._closed: Unavailable | None = None
+def cut_sequences(seq_lens: Sequence[int], max_tokens: int) -> list[range]:
+    """Neighbouring sequences together up to `max_tokens`; a longer one by itself."""
+    parts: list[range] = []
+    start = tokens = 0
+    for index, length in enumerate(seq_lens):
+        if index > start and tokens + length > max_tokens:
+            parts.append(range(start, index))
+            start, tokens = index, 0
+        tokens += length
+    return [*parts, range(start, len(seq_lens))]
 
-    def __len__(self) -> int:
-        return len(self._waiting)
 
-    def put(self, work: Job | Call) -> None:
-        """Append work.
-
-        Raises:
-            Overloaded: the queue is full. Unavailable: it is closed, with the reason.
-        """
-        with self._changed:
-            if self._closed is not None:
-                raise self._closed
-            if len(self._waiting) >= self._max_waiting:
-                self._waiting = deque(waiting for waiting in self._waiting if not waiting.future.cancelled())
-            if len(self._waiting) >= self._max_waiting:
-                raise Overloaded(
-                    f"{len(self._waiting)} requests wait, the queue holds {self._max_waiting}: try again, or another "
-                    "server",
-                    status=503,
-                    problem="queue-full",
-                    retry_after=RETRY_SECONDS,
-                )
-            self._waiting.append(work)
-            self._changed.notify_all()
-
-    def take(self) -> list[Job] | Call | None:
-        """Wait for work: requests in order as long as they fit one forward; None when closed."""
-        with self._changed:
-            while not self._waiting:
-                if self._closed is not None:
-                    return None
-                self._changed.wait()
-            first = self._waiting.popleft()
-            return first if isinstance(first, Call) else [first, *self._followers(first)]
-
-    def close(self, reason: Unavailable) -> None:
-        """Refuse what waits and what comes. Safe to call twice; the first reason stands."""
-        with self._changed:
-            self._closed = self._closed or reason
-            refused, self._waiting = list(self._waiting), deque()
-            self._changed.notify_all()
-        for work in refused:
-            if work.future.set_running_or_notify_cancel():
-                work.future.set_exception(reason)
-
-    def _followers(self, first: Job) -> Sequence[Job]:
-        followers: list[Job] = []
-        tokens = first.request.tokens
-        while self._waiting and isinstance(follower := self._waiting[0], Job):
-            if not follower.future.cancelled():
-                tokens += follower.request.tokens
-                if tokens > self._max_batch_tokens:
-                    break
-                followers.append(follower)
-            self._waiting.popleft()
-        return followers
+def select_sequences(request: SupervisionRequest, sequences: Sequence[int]) -> SupervisionRequest:
+    """The same request for some of its sequences, in ascending order."""
+    if len(sequences) == len(request.seq_lens):
+        return request
+    starts = [0, *accumulate(request.seq_lens)]
+    spans = [slice(starts[sequence], starts[sequence + 1]) for sequence in sequences]
+    return SupervisionRequest(
+        input_ids=torch.cat([request.input_ids[span] for span in spans]),
+        seq_lens=tuple(request.seq_lens[sequence] for sequence in sequences),
+        row_mask=torch.cat([request.row_mask[span] for span in spans]),
+        encoding=request.encoding,
+        mapping=request.mapping,
+        probs_dtype=request.probs_dtype,
+    )

@@ -5,10 +5,12 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from eagle_target.server.channels import Channels
     from eagle_target.server.engine import TargetModelServer
@@ -22,6 +24,7 @@ class Metrics:
 
     def __init__(self, server: TargetModelServer, channels: Channels) -> None:
         self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
         self._requests = Counter(
             "eagle_target_requests", "Supervision requests by HTTP status.", ["status"], registry=self._registry
         )
@@ -59,6 +62,15 @@ class Metrics:
         waiting.set_function(lambda: server.waiting)
         running = Gauge("eagle_target_engine_requests", "Requests in the forward that runs.", registry=self._registry)
         running.set_function(lambda: server.running)
+        outbox = Gauge(
+            "eagle_target_outbox_bytes", "Answers that are being made or not sent yet.", registry=self._registry
+        )
+        outbox.set_function(lambda: server.outbox.held_bytes)
+        peak = Gauge("eagle_target_outbox_peak_bytes", "The most of those at a time.", registry=self._registry)
+        peak.set_function(lambda: server.outbox.peak_bytes)
+        cached = Gauge("eagle_target_cache_bytes", "Supervision kept for later.", registry=self._registry)
+        cached.set_function(lambda: 0 if server.cache is None else server.cache.held_bytes)
+        self._registry.register(_EngineTotals(server))
 
     def count_status(self, status: int) -> None:
         """Count one answered supervision request."""
@@ -69,7 +81,11 @@ class Metrics:
         self._tokens.inc(tokens)
         self._bytes.labels(transport=transport).inc(sent_bytes)
         for stage, seconds in timings.items():
-            self._stages.labels(stage=stage).observe(seconds)
+            self.count_stage(stage, seconds)
+
+    def count_stage(self, stage: str, seconds: float) -> None:
+        """Count one request's time in a stage."""
+        self._stages.labels(stage=stage).observe(seconds)
 
     def count_passed_over(self, names: str) -> None:
         """Count the transports, comma-separated, that a request's client passed over; others' names are dropped."""
@@ -79,3 +95,22 @@ class Metrics:
     def render(self) -> bytes:
         """The text exposition format."""
         return generate_latest(self._registry)
+
+
+class _EngineTotals(Collector):
+    """What the engine counts itself."""
+
+    def __init__(self, server: TargetModelServer) -> None:
+        self._server = server
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """The counters as they are."""
+        cache = self._server.cache
+        hits, misses = (0, 0) if cache is None else (cache.hits, cache.misses)
+        totals = {
+            "eagle_target_padded_tokens": ("Tokens computed for padding.", self._server.padded_tokens),
+            "eagle_target_cache_hits": ("Sequences answered from the cache.", hits),
+            "eagle_target_cache_misses": ("Sequences the cache did not have.", misses),
+        }
+        for name, (help_text, value) in totals.items():
+            yield CounterMetricFamily(name, help_text, value=value)

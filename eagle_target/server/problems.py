@@ -7,6 +7,7 @@ import logging
 import math
 from typing import TYPE_CHECKING
 
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from eagle_target.errors import (
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
 logger = logging.getLogger(__name__)
+
+# nginx's status for a client that went away; nobody reads it, the metrics count it.
+CLIENT_GONE = 499
 
 # The first class an error is an instance of decides; status and last part of the type.
 PROBLEMS: tuple[tuple[type[EagleTargetError], int, str], ...] = (
@@ -67,3 +71,17 @@ def problem_of(error: Exception) -> Response:
 async def answer_problem(request: Request, error: Exception) -> Response:  # noqa: ARG001 - Starlette's signature
     """Exception handler for every route."""
     return problem_of(error)
+
+
+async def answer_nobody(request: Request, error: Exception) -> Response:  # noqa: ARG001 - Starlette's signature
+    """A client that is gone."""
+    return Response(status_code=CLIENT_GONE)
+
+
+async def answer_http_error(request: Request, error: Exception) -> Response:
+    """Routes that do not exist, and methods they do not have."""
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    name = {404: "not-found", 405: "method-not-allowed"}.get(status, "http")
+    answer = problem(status, name, f"{request.method} {request.url.path[:200]}: see docs/protocol.md for the routes")
+    answer.headers.update(getattr(error, "headers", None) or {})
+    return answer

@@ -18,11 +18,13 @@ from eagle_target.errors import AdapterError, ConfigError
 from eagle_target.plugins import load_plugins
 from eagle_target.server.app import TargetApp
 from eagle_target.server.channels import Channels
-from eagle_target.server.connections import timed_connections
+from eagle_target.server.connections import limited_connections
 from eagle_target.server.engine import TargetModelServer
+from eagle_target.server.security import TokenGate, make_tls, open_tokens
 from eagle_target.targets import load_runner
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
@@ -47,11 +49,13 @@ class HttpServer:
         load: loads the target; None for what the settings name.
 
     Raises:
-        ConfigError: the address cannot be bound. PluginError: a transport cannot be offered.
+        ConfigError: the address cannot be bound, or would stand open to others; a file of tokens or for TLS cannot be
+            used. PluginError: a transport cannot be offered.
     """
 
     def __init__(self, config: ServerConfig, load: Callable[[], TargetRunner] | None = None) -> None:
         self._config = config
+        tokens, self._tls = open_tokens(config), make_tls(config)
         self._socket = _bind(config)
         try:
             self._channels = Channels(
@@ -65,18 +69,25 @@ class HttpServer:
             self._socket.close()
             raise
         self.engine = TargetModelServer(
-            load or partial(load_runner, config.engine, config.model, config.engine_options),
+            load or partial(load_runner, config.engine, config.model, config.engine_options, config.aux_layer_ids),
             aux_layer_ids=config.aux_layer_ids,
             max_batch_tokens=config.max_batch_tokens,
             max_queue=config.max_queue,
             max_mappings=config.max_mappings,
+            max_outbox_bytes=config.max_outbox_bytes,
+            max_client_outbox_bytes=config.max_client_outbox_bytes,
+            cache_bytes=config.cache_bytes,
         )
         self._app = TargetApp(self.engine, self._channels, config)
         self.port: int = self._socket.getsockname()[1]
         settings = uvicorn.Config(
-            self._app.asgi,
+            TokenGate(self._app.asgi, tokens),
             loop="auto",
-            http=timed_connections(config.body_timeout),
+            http=limited_connections(config),
+            ssl_context_factory=None if self._tls is None else partial(_given, self._tls),
+            # Nothing between a client and the server is believed about who the client is.
+            proxy_headers=False,
+            server_header=False,
             log_config=None,
             access_log=False,
             lifespan="off",
@@ -91,7 +102,8 @@ class HttpServer:
     def url(self) -> str:
         """Where clients on this machine reach it."""
         host = "127.0.0.1" if self._config.host in ("0.0.0.0", "::") else self._config.host  # noqa: S104 - compared
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+        scheme = "http" if self._tls is None else "https"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT; the first drains, a second one stops."""
@@ -204,6 +216,11 @@ class _Uvicorn(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Leave signals to the process."""
         yield
+
+
+def _given(context: ssl.SSLContext, *_: object) -> ssl.SSLContext:
+    """A factory for uvicorn, which otherwise reads the files itself."""
+    return context
 
 
 def _bind(config: ServerConfig) -> socket.socket:

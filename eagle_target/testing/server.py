@@ -4,46 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import subprocess
 import sys
-import tempfile
 import time
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import urllib3
-
+from eagle_target.bench.launching import ServerProcess, run_process
 from eagle_target.config import ServerConfig
+from eagle_target.errors import BenchmarkError
 from eagle_target.server.serve import HttpServer
 from eagle_target.testing.tiny import EmbeddingRunner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from eagle_target.runner import TargetRunner
 
+__all__ = ["ServerNotReady", "ServerProcess", "embedding_process", "loopback_server", "server_process"]
+
 POLL_SECONDS = 0.02
-KILL_SECONDS = 10.0
 
 
 class ServerNotReady(Exception):
     """A server under test failed, or was not ready in time; the message has its log."""
-
-
-@dataclass(frozen=True, slots=True)
-class ServerProcess:
-    """A server in a process of its own. url: where it listens. log_path: its stdout and stderr."""
-
-    url: str
-    process: subprocess.Popen[bytes]
-    log_path: Path
-
-    @property
-    def log(self) -> str:
-        """What it has written so far."""
-        return self.log_path.read_text(encoding="utf-8", errors="replace")
 
 
 @contextlib.contextmanager
@@ -121,43 +104,14 @@ def embedding_process(
 def _running(
     command: Callable[[Path], list[str]], environment: Mapping[str, str] | None, ready_timeout: float
 ) -> Iterator[ServerProcess]:
-    with tempfile.TemporaryDirectory(prefix="eagle-target-test-") as name:
-        folder = Path(name)
-        log_path, port_file = folder / "log", folder / "port"
-        with log_path.open("wb") as log:
-            process = subprocess.Popen(
-                command(port_file),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **(environment or {})},
-            )
+    with contextlib.ExitStack() as running:
         try:
-            url = _wait_until_ready(process, port_file, log_path, time.monotonic() + ready_timeout)
-            yield ServerProcess(url, process, log_path)
-        finally:
-            process.kill()
-            process.wait(KILL_SECONDS)
-
-
-def _wait_until_ready(process: subprocess.Popen[bytes], port_file: Path, log_path: Path, deadline: float) -> str:
-    url, state = "", "no port yet"
-    with urllib3.PoolManager(timeout=2.0, retries=False) as http:
-        while time.monotonic() < deadline and process.poll() is None:
-            if not url and port_file.exists():
-                url = f"http://127.0.0.1:{int(port_file.read_text(encoding='ascii'))}"
-            if url:
-                try:
-                    answer = http.request("GET", f"{url}/ready")
-                except urllib3.exceptions.HTTPError as error:
-                    state = str(error)
-                else:
-                    if answer.status == 200:
-                        return url
-                    state = answer.data.decode("utf-8", "replace")
-            time.sleep(POLL_SECONDS)
-    log = log_path.read_text(encoding="utf-8", errors="replace")
-    raise ServerNotReady(f"the server is not ready ({state}, exit status {process.poll()}); its log:\n{log}")
+            server = running.enter_context(
+                run_process(command, environment=environment, ready_timeout=ready_timeout, grace=0.0)
+            )
+        except BenchmarkError as error:
+            raise ServerNotReady(str(error)) from error
+        yield server
 
 
 def main() -> None:

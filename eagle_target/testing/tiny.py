@@ -91,6 +91,7 @@ class EmbeddingRunner:
         bias: whether the LM head has one. logit_scale, soft_cap: see `DraftHead`.
         plain_head: False for a head that `draft_head` cannot describe.
         max_seq_len: the longest sequence the target claims to take.
+        concurrent_head: whether it says that `compute_logits` may run beside a forward; it may.
 
     Attributes:
         forwards: `seq_lens` of each forward, in order. closed: whether `close` was called.
@@ -110,7 +111,9 @@ class EmbeddingRunner:
         soft_cap: float | None = None,
         plain_head: bool = True,
         max_seq_len: int | None = None,
+        concurrent_head: bool = True,
     ) -> None:
+        self.concurrent_head = concurrent_head
         self._info = TargetInfo(
             model=f"embedding-{vocab_size}x{hidden_size}x{num_layers}-seed{seed}",
             num_layers=num_layers,

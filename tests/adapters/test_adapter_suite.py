@@ -11,8 +11,10 @@ from eagle_target_hf import HFAdapter
 
 from eagle_target.layers import validate_aux_layer_ids
 from eagle_target.testing.adapter_oracle import HFOracle, padded_input
+from eagle_target.testing.adapter_served import ServedAdapterConformance, ServedCheckpoint
 from eagle_target.testing.adapter_suite import LoadedTarget
 from eagle_target.testing.adapters import AdapterConformance
+from eagle_target.testing.server import loopback_server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -168,3 +170,21 @@ def test_a_good_runner_passes(good: LoadedTarget, test: str) -> None:
 def test_a_mistake_is_found(good: LoadedTarget, mistake: type[Good]) -> None:
     with pytest.raises((AssertionError, pytest.fail.Exception)):
         run(MISTAKES[mistake], replace(good, runner=mistake(good.runner)))
+
+
+class ServedSuite(ServedAdapterConformance):
+    adapter = HFAdapter
+
+
+@pytest.mark.parametrize("captured", [(0, 4, 7), (0, 4, 6)])
+def test_layers_of_a_server_that_are_not_those_it_tells_are_found(
+    good: LoadedTarget, captured: tuple[int, int, int]
+) -> None:
+    inputs = [padded_input([12, 5], good.oracle.vocab_size)]
+    with loopback_server(lambda: ServedSuite.load(good.checkpoint), aux_layer_ids=captured) as server:
+        served = ServedCheckpoint(good.checkpoint, server.url, good.oracle, (0, 4, 7))
+        if captured == served.aux_layer_ids:
+            ServedSuite().check_served(served, inputs)
+            return
+        with pytest.raises(AssertionError, match="aux_hidden_states"):
+            ServedSuite().check_served(served, inputs)

@@ -76,7 +76,7 @@ def test_serves_a_client_that_has_not_installed_it(with_toy: dict[str, str], tin
         info = client.model_info()
 
     assert (info["engine"], info["engine_version"], info["max_seq_len"]) == ("toy", "0.3.0", 64)
-    assert info["servers"][0]["transport"] == "wire"
+    assert info["servers"][0]["transport"] == "shm"
     check_batch(
         tensors,
         given,

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from eagle_target.client.answers import error_of
-from eagle_target.client.connection import MAX_JSON_BYTES, OpenSockets, ServerConnection
+from eagle_target.client.connection import MAX_JSON_BYTES, ServerConnection
+from eagle_target.client.sockets import OpenSockets
 from eagle_target.errors import (
     AdapterError,
     ConfigError,
@@ -51,7 +52,7 @@ def connected(url: str, timeout: float = 30.0) -> Iterator[ServerConnection]:
     [
         "",
         "gpu-7:8001",
-        "https://gpu-7:8001",
+        "ftp://gpu-7:8001",
         "http://",
         "http://gpu-7:8001/v1",
         "http://gpu-7:8001?x=1",

@@ -64,7 +64,7 @@ def server() -> Iterator[HttpServer]:
 
 @contextlib.contextmanager
 def remote(*urls: str, mapping: VocabMapping | None = None, **options: Any) -> Iterator[RemoteEagle3TargetModel]:
-    options = {"transport": "wire", "timeout": 30.0, "ready_timeout": 30.0, **options}
+    options = {"transport": "wire", "encoding": "probs", "timeout": 30.0, "ready_timeout": 30.0, **options}
     with RemoteEagle3TargetModel.from_urls(urls, **options) as target:
         target.set_vocab_mapping(mapping or mapping_of())
         yield target
@@ -124,7 +124,8 @@ def test_both_servers_work_under_prefetch() -> None:
         assert all(described["outstanding"] == 0 for described in target.model_info()["servers"])
     for rows, batch in zip(items, batches, strict=True):
         assert_same_batch(batch, expected_batch(rows))
-    assert sum(len(runner.forwards) for runner in runners) == 16
+    # Each batch has two sequences, which a forward of one token keeps apart.
+    assert sum(len(runner.forwards) for runner in runners) == 2 * 16
     assert min(len(runner.forwards) for runner in runners) >= 4
 
 
@@ -204,7 +205,9 @@ def test_what_is_no_server_is_refused(answer: bytes, message: str) -> None:
 
 
 def changed_handshake(server: HttpServer, **values: Any) -> Any:
-    def change(_: Received, answer: Answer) -> Answer:
+    def change(received: Received, answer: Answer) -> Answer:
+        if received.path != protocol.TARGET:
+            return answer
         body = json.dumps(answer.json() | values).encode()
         return replace(answer, body=body, headers={**answer.headers, "content-length": str(len(body))})
 
@@ -233,6 +236,24 @@ def test_another_protocol_is_refused(server: HttpServer) -> None:
 def test_wrong_settings_are_refused(server: HttpServer, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         RemoteEagle3TargetModel.from_urls(**{"urls": [server.url], "transport": "wire", **options})
+
+
+def test_the_encoding_by_default_is_the_smallest_that_every_server_gives(server: HttpServer) -> None:
+    with remote(server.url, encoding="auto") as target:
+        info = target.model_info()
+        assert info["encoding"] == "hidden"
+        assert info["bytes_per_token"]["hidden"] == target.info.hidden_size * 4 * 4 + 8
+        hidden = target.generate_batch(**rows_of())
+    with remote(server.url) as target:
+        batch = target.generate_batch(**rows_of())
+    assert hidden.target_probs is not None
+    assert batch.target_probs is not None
+    torch.testing.assert_close(hidden.target_probs, batch.target_probs)
+    with (
+        changed_handshake(server, encodings=("probs", "logits")) as other,
+        remote(other.url, server.url, encoding="auto") as target,
+    ):
+        assert target.model_info()["encoding"] == "probs"
 
 
 def test_transports_by_name_in_order_and_unknown_ones(server: HttpServer) -> None:
@@ -417,7 +438,7 @@ def test_a_server_restarted_with_another_target_is_refused() -> None:
 
 def test_a_mapping_can_be_set_while_a_server_is_down(server: HttpServer) -> None:
     with loopback_server(TestRunner) as second:
-        target = RemoteEagle3TargetModel.from_urls([second.url, server.url], transport="wire")
+        target = RemoteEagle3TargetModel.from_urls([second.url, server.url], transport="wire", encoding="probs")
     with target:
         target.set_vocab_mapping(mapping_of())
         for seed in range(4):
@@ -500,7 +521,7 @@ def test_a_batch_that_waits_its_turn_can_be_cancelled() -> None:
             futures[-1].result(SOON_SECONDS)
 
 
-SERVER_THREADS = ("eagle-target-http", "eagle-target-engine", "eagle-target-leases")
+SERVER_THREADS = tuple(f"eagle-target-{name}" for name in ("http", "engine", "projection", "leases", "shm"))
 
 
 @pytest.mark.parametrize("transport", ["wire", "inprocess"])

@@ -177,7 +177,7 @@ def test_a_full_queue_is_an_error_for_one_and_a_wait_for_the_other() -> None:
     runner = TestRunner()
     with (
         loopback_server(lambda: runner, max_queue=1, max_batch_tokens=1) as server,
-        RemoteEagle3TargetModel.from_urls([server.url], transport="wire", max_retries=0) as target,
+        RemoteEagle3TargetModel.from_urls([server.url], transport="wire", encoding="probs", max_retries=0) as target,
         ThreadPoolExecutor(2) as pool,
     ):
         target.set_vocab_mapping(mapping_of())

@@ -52,7 +52,8 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextlib.contextmanager
 def remote(*urls: str, **options: Any) -> Iterator[RemoteEagle3TargetModel]:
-    options = {"transport": "wire", "timeout": SOON_SECONDS, "ready_timeout": SOON_SECONDS, **options}
+    usual: dict[str, Any] = {"transport": "wire", "encoding": "probs", "timeout": SOON_SECONDS}
+    options = {"ready_timeout": SOON_SECONDS, **usual, **options}
     with RemoteEagle3TargetModel.from_urls(urls, **options) as target:
         if options.get("encoding") != "logits":
             target.set_vocab_mapping(mapping_of())
@@ -171,7 +172,8 @@ def test_a_connection_cut_mid_transfer(server: ServerUnderFault, fault: Fault, d
             assert proxy.failed == failed + 2
         assert target.model_info()["traffic"]["retries"] == 10
         proxy.fail_next(fault, after=400, times=100, direction=direction)
-        with pytest.raises(ConnectError, match=r"broke: .*\(gave up after 3 attempts, on"):
+        # An answer that ends within its headers may look like one without what is cut off.
+        with pytest.raises(TransportError, match=r"\(gave up after 3 attempts, on"):
             target.generate_batch(**rows_of())
         proxy.fail_next(fault, after=0, times=0)
         wait_until(lambda: _recovers(target))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -9,18 +10,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from eagle_target.rows import PackedTensors
+from eagle_target.server.engine import TargetModelServer
 from eagle_target.supervision import SupervisionRequest, compute_supervision
 from eagle_target.testing.tiny import EmbeddingRunner, shuffled_mapping
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+    from concurrent.futures import Future
 
     from eagle_target.projection import Encoding
-    from eagle_target.runner import DraftHead, TargetForward
+    from eagle_target.runner import DraftHead, TargetForward, TargetRunner
+    from eagle_target.server.jobs import Supervised
     from eagle_target.vocabulary import VocabMapping
 
 VOCAB_SIZE = 211
 POISON = 13
+ENGINE_THREAD = "eagle-target-engine"
 PATIENCE_SECONDS = 30.0
 
 
@@ -106,3 +111,29 @@ def assert_same_tensors(given: dict[str, torch.Tensor], expected: dict[str, torc
     for name, tensor in expected.items():
         assert given[name].dtype == tensor.dtype
         assert torch.equal(given[name], tensor), name
+
+
+@contextlib.contextmanager
+def engine(load: Callable[[], TargetRunner], *, state: str = "ready", **options: Any) -> Iterator[TargetModelServer]:
+    """A server without HTTP, loaded."""
+    server = TargetModelServer(load, **options)
+    server.start()
+    try:
+        wait_until(lambda: server.state == state, f"state {state}")
+        yield server
+    finally:
+        server.close()
+        assert ENGINE_THREAD not in {thread.name for thread in threading.enumerate()}
+
+
+@contextlib.contextmanager
+def held(server: TargetModelServer, runner: TestRunner) -> Iterator[Future[Supervised]]:
+    """Keep the engine in a forward while the block queues requests."""
+    runner.gate.clear()
+    before = runner.entered
+    blocker = server.submit(request_of([3]))
+    try:
+        wait_until(lambda: runner.entered > before, "the forward")
+        yield blocker
+    finally:
+        runner.gate.set()

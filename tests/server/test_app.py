@@ -6,6 +6,7 @@ import contextlib
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -270,6 +271,21 @@ def test_a_mapping_is_stored_under_its_hash_only(url: str) -> None:
     assert_same_tensors(supervise(url, body_of(request)).tensors()[0], expected_of(request))
 
 
+def test_bytes_a_token_are_told_and_true(url: str) -> None:
+    mapping = mapping_of(6)
+    ask(url, "PUT", f"{protocol.VOCAB_MAPPINGS}/{mapping.sha256}", b"".join(protocol.encode_mapping(mapping)))
+    answer = ask(url, "GET", f"{protocol.VOCAB_MAPPINGS}/{mapping.sha256}").json()
+    assert answer["draft_vocab_size"] == mapping.draft_vocab_size
+    told = answer["bytes_per_token"]
+    handshake = protocol.read_handshake(ask(url, "GET", protocol.TARGET).body)
+    assert handshake.bytes_per_token == {name: told[name] for name in ("hidden", "logits")}
+    for encoding in handshake.encodings:
+        request = request_of([9], mapping=mapping, encoding=encoding)  # type: ignore[arg-type]
+        request = replace(request, row_mask=torch.ones(9, dtype=torch.bool))
+        tensors, _ = supervise(url, body_of(request)).tensors()
+        assert sum(tensor.nbytes for tensor in tensors.values()) == 9 * told[encoding]
+
+
 def test_mappings_that_are_wrong_are_refused(url: str) -> None:
     other = shuffled_mapping(100, 10)
     answer = ask(url, "PUT", f"{protocol.VOCAB_MAPPINGS}/{other.sha256}", b"".join(protocol.encode_mapping(other)))
@@ -290,13 +306,14 @@ def test_mappings_that_are_wrong_are_refused(url: str) -> None:
         ("POST", "/v1/transports/wire", 404, "not-found"),
         ("GET", protocol.SUPERVISION, 405, "method-not-allowed"),
         ("POST", protocol.TARGET, 405, "method-not-allowed"),
-        ("GET", protocol.VOCAB_MAPPINGS + "/0", 405, "method-not-allowed"),
+        ("GET", protocol.VOCAB_MAPPINGS + "/0", 409, "unknown-vocab-mapping"),
+        ("POST", protocol.VOCAB_MAPPINGS + "/0", 405, "method-not-allowed"),
         ("DELETE", "/v1/transports/wire/channels", 405, "method-not-allowed"),
     ],
 )
 def test_other_routes_and_methods(url: str, method: str, path: str, status: int, name: str) -> None:
     answer = ask(url, method, path)
-    assert_problem(answer, status, name, f"{method} {path}: see docs/protocol.md")
+    assert_problem(answer, status, name, "no vocabulary mapping" if status == 409 else f"{method} {path}: see docs/")
     assert ("allow" in answer.headers) == (status == 405)
 
 
@@ -319,7 +336,7 @@ def test_an_oversized_body_is_refused_before_it_is_read(url: str) -> None:
 
 
 def test_a_slow_client_is_dropped() -> None:
-    with loopback_server(TestRunner, body_timeout=0.3) as server:
+    with loopback_server(TestRunner, body_timeout=0.3, headers_timeout=0.3) as server:
         body = good_body()
         with connected(server.url) as connection:
             connection.sendall(head_of(protocol.SUPERVISION, len(body)) + body[:10])
@@ -364,7 +381,7 @@ def test_a_connection_is_used_again_after_a_problem(url: str) -> None:
 
 def test_a_transport_or_channel_that_is_not_there(url: str) -> None:
     answer = supervise(url, good_body(), Eagle_Target_Transport="pigeon")
-    assert_problem(answer, 409, "transport-not-offered", r"'pigeon' is not offered, only \['inprocess', 'wire'\]")
+    assert_problem(answer, 409, "transport-not-offered", r"'pigeon' is not offered, only \[.*'wire'\]")
     for headers in ({}, {"Eagle_Target_Channel": "x"}):
         answer = supervise(url, good_body(), Eagle_Target_Transport="inprocess", **headers)
         assert_problem(answer, 409, "unknown-channel", "no open 'inprocess' channel")

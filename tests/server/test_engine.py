@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import weakref
@@ -16,47 +15,21 @@ from eagle_target.errors import AdapterError, ContractError, Overloaded, Unavail
 from eagle_target.server.engine import TargetModelServer
 from eagle_target.testing.tiny import shuffled_mapping
 from tests.server.cases import (
+    ENGINE_THREAD,
     TestRunner,
     assert_same_tensors,
+    engine,
     expected_of,
+    held,
     mapping_of,
     request_of,
     wait_until,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
     from concurrent.futures import Future
 
     from eagle_target.runner import TargetRunner
-    from eagle_target.server.jobs import Supervised
-
-ENGINE_THREAD = "eagle-target-engine"
-
-
-@contextlib.contextmanager
-def engine(load: Callable[[], TargetRunner], *, state: str = "ready", **options: Any) -> Iterator[TargetModelServer]:
-    server = TargetModelServer(load, **options)
-    server.start()
-    try:
-        wait_until(lambda: server.state == state, f"state {state}")
-        yield server
-    finally:
-        server.close()
-        assert ENGINE_THREAD not in {thread.name for thread in threading.enumerate()}
-
-
-@contextlib.contextmanager
-def held(server: TargetModelServer, runner: TestRunner) -> Iterator[Future[Supervised]]:
-    """Keep the engine in a forward while the block queues requests."""
-    runner.gate.clear()
-    before = runner.entered
-    blocker = server.submit(request_of([3]))
-    try:
-        wait_until(lambda: runner.entered > before, "the forward")
-        yield blocker
-    finally:
-        runner.gate.set()
 
 
 def test_requests_with_different_mappings_and_encodings_share_a_forward() -> None:

@@ -207,7 +207,7 @@ def test_a_transport_that_cannot_be_offered_leaves_no_socket() -> None:
 @pytest.mark.parametrize(("host", "shown"), [("0.0.0.0", "127.0.0.1"), ("127.0.0.1", "127.0.0.1"), ("::1", "[::1]")])
 def test_the_url_reaches_the_server(host: str, shown: str) -> None:
     try:
-        server = HttpServer(ServerConfig(model="x", host=host, port=0), TestRunner)
+        server = HttpServer(ServerConfig(model="x", host=host, port=0, insecure=True), TestRunner)
     except ConfigError:
         if ":" in host:
             pytest.skip("this machine has no IPv6")

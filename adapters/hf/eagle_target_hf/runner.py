@@ -58,6 +58,7 @@ class HFTargetRunner:
         self._device = device
         self._max_batch_tokens = max_batch_tokens
         self._aux_layer_ids: tuple[int, ...] = ()
+        self.computed_tokens = 0
         self._info = TargetInfo(
             model=name or getattr(model, "name_or_path", "") or type(model).__name__,
             revision=revision,
@@ -75,6 +76,13 @@ class HFTargetRunner:
     def info(self) -> TargetInfo:
         """See `TargetRunner.info`."""
         return self._info
+
+    @property
+    def concurrent_head(self) -> bool:
+        """See `ConcurrentHeadRunner`: the head is a function of its weights, unless accelerate moves those in hooks."""
+        _, proven = self._open()
+        head = proven.execution.architecture.output_embedding()
+        return proven.head is None or not hasattr(head, "_hf_hook")
 
     def set_aux_layers(self, aux_layer_ids: Sequence[int]) -> None:
         """See `TargetRunner.set_aux_layers`."""
@@ -100,7 +108,9 @@ class HFTargetRunner:
                 length_boundary=execution.architecture.length_boundary,
             )
             ids = input_ids.to(self._device)
-            return run_batches(execution, ids, batches, aux_layer_ids=self._aux_layer_ids)
+            forward = run_batches(execution, ids, batches, aux_layer_ids=self._aux_layer_ids)
+        self.computed_tokens += sum(batch.rows * batch.width for batch in batches)
+        return forward
 
     def compute_logits(self, last_hidden_states: torch.Tensor) -> torch.Tensor:
         """See `TargetRunner.compute_logits`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import transformers
 from eagle_target_hf import HFTargetRunner
 
 from eagle_target.errors import AdapterError, ContractError
-from eagle_target.runner import TargetForward, TargetRunner
+from eagle_target.runner import ConcurrentHeadRunner, PaddingRunner, TargetForward, TargetRunner
 
 from . import tiny
 
@@ -40,6 +41,43 @@ def assert_same(given: TargetForward, expected: TargetForward, tolerance: float 
 
 def test_is_a_target_runner() -> None:
     assert isinstance(runner_of(tiny.build("llama")), TargetRunner)
+
+
+def test_the_head_may_run_beside_a_forward() -> None:
+    runner = runner_of(tiny.build("llama"))
+    assert isinstance(runner, ConcurrentHeadRunner)
+    assert runner.concurrent_head
+    requests = [tiny.random_request(9, 4, 12, seed=seed) for seed in range(8)]
+    expected = [runner.forward_eagle3(*request) for request in requests]
+    logits = [runner.compute_logits(forward.last_hidden_states) for forward in expected]
+
+    with ThreadPoolExecutor(1) as other:
+        beside = other.submit(lambda: [runner.forward_eagle3(*request) for request in requests * 4])
+        rounds = 0
+        while not beside.done() or not rounds:
+            rounds += 1
+            for forward, head_alone in zip(expected, logits, strict=True):
+                assert torch.equal(runner.compute_logits(forward.last_hidden_states), head_alone)
+        for given, alone in zip(beside.result(), expected * 4, strict=True):
+            assert torch.equal(given.aux_hidden_states, alone.aux_hidden_states)
+
+
+def test_a_head_whose_weights_accelerate_moves_must_not() -> None:
+    model = tiny.build("llama")
+    model.lm_head._hf_hook = object()
+
+    assert not runner_of(model).concurrent_head
+
+
+def test_pads_are_counted() -> None:
+    runner = runner_of(tiny.build("llama"))
+    assert isinstance(runner, PaddingRunner)
+    before = runner.computed_tokens
+
+    runner.forward_eagle3(torch.arange(1, 14), [5, 5, 3])
+
+    assert before == 0
+    assert runner.computed_tokens == 15
 
 
 def test_last_layer_is_captured_before_the_final_norm() -> None:

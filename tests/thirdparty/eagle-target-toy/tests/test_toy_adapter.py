@@ -9,6 +9,7 @@ import pytest
 from eagle_target_toy.adapter import ToyAdapter, ToyOptions
 
 from eagle_target.errors import AdapterError
+from eagle_target.testing.adapter_served import ServedAdapterConformance
 from eagle_target.testing.adapters import AdapterConformance, BatchInvariantAdapter, BFloat16Adapter
 from eagle_target.testing.tiny import save_tiny_target
 
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 
 
 class TestToyAdapter(AdapterConformance, BFloat16Adapter, BatchInvariantAdapter):
+    adapter = ToyAdapter
+
+
+class TestToyAdapterServed(ServedAdapterConformance):
     adapter = ToyAdapter
 
 

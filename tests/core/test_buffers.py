@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from eagle_target.client.buffers import ROUNDING_BYTES, SMALL_BYTES, BufferPool
+from eagle_target.buffers import ROUNDING_BYTES, SMALL_BYTES, BufferPool
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -164,3 +164,40 @@ def test_many_batches_take_no_more_memory_than_a_few() -> None:
     idle = pool.idle_bytes
     assert idle <= 64 << 20
     pool.close()
+
+
+def test_the_size_not_used_for_longest_goes_first() -> None:
+    pool = BufferPool(max_idle_bytes=4 * ROUNDING_BYTES)
+    small, large = pool.allocate((LARGE,), torch.float32), pool.allocate((3 * LARGE,), torch.float32)
+    address = large.data_ptr()
+    del small, large
+    assert pool.idle_bytes == 4 * ROUNDING_BYTES
+    medium = pool.allocate((2 * LARGE,), torch.float32)
+    del medium
+    # The small block, and then the large one, made room for it.
+    assert pool.idle_bytes == 2 * ROUNDING_BYTES
+    again = pool.allocate((3 * LARGE,), torch.float32)
+    again.fill_(address)
+    assert pool.idle_bytes == 2 * ROUNDING_BYTES
+
+
+def test_a_block_that_is_a_little_larger_will_do() -> None:
+    pool = BufferPool()
+    first = pool.allocate((5 * LARGE,), torch.float32)
+    address = first.data_ptr()
+    del first
+    assert pool.allocate((3 * LARGE,), torch.float32).data_ptr() != address
+    second = pool.allocate((4 * LARGE,), torch.float32)
+    assert (second.data_ptr(), second.untyped_storage().nbytes()) == (address, 4 * ROUNDING_BYTES)
+    del second
+    assert pool.allocate((5 * LARGE,), torch.float32).data_ptr() == address
+
+
+def test_memory_that_nothing_uses_for_a_while_goes() -> None:
+    pool = BufferPool()
+    first = pool.allocate((LARGE,), torch.float32)
+    del first
+    pool.trim(3600)
+    assert pool.idle_bytes == ROUNDING_BYTES
+    pool.trim(0)
+    assert pool.idle_bytes == 0

@@ -10,8 +10,9 @@ import ctypes
 import math
 import mmap
 import threading
+import time
 import weakref
-from collections import defaultdict
+from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,18 +22,21 @@ if TYPE_CHECKING:
 
 SMALL_BYTES = 1 << 20
 ROUNDING_BYTES = 2 << 20
+# An idle block may be larger than what is asked for by this part of it: answers rarely have the same size twice.
+SPARE_PART = 4
 
 
 class BufferPool:
     """Allocates tensors whose memory comes back when the last tensor that shares it is gone.
 
     Args:
-        max_idle_bytes: memory kept for later; more is given back to the system.
+        max_idle_bytes: memory kept for later; beyond it the sizes not used for longest go back to the system.
     """
 
     def __init__(self, max_idle_bytes: int = 2 << 30) -> None:
         self._max_idle_bytes = max_idle_bytes
-        self._idle: defaultdict[int, list[mmap.mmap]] = defaultdict(list)
+        # By size, the size used last at the end; each block with the time at which it came back.
+        self._idle: OrderedDict[int, list[tuple[float, mmap.mmap]]] = OrderedDict()
         # A tensor may die, and with it return memory, while this very thread allocates.
         self._lock = threading.RLock()
         self._closed = False
@@ -56,18 +60,44 @@ class BufferPool:
             self._idle.clear()
             self.idle_bytes = 0
 
+    def trim(self, idle_seconds: float) -> None:
+        """Give back memory that nothing has used for that long."""
+        oldest = time.monotonic() - idle_seconds
+        with self._lock:
+            for size, blocks in list(self._idle.items()):
+                kept = [entry for entry in blocks if entry[0] > oldest]
+                self.idle_bytes -= size * (len(blocks) - len(kept))
+                self._idle[size] = kept
+                if not kept:
+                    del self._idle[size]
+
     def _take(self, size: int) -> mmap.mmap:
         with self._lock:
-            if self._idle[size]:
-                self.idle_bytes -= size
-                return self._idle[size].pop()
+            fitting = min((idle for idle in self._idle if size <= idle <= size + size // SPARE_PART), default=None)
+            if fitting is not None:
+                blocks = self._idle[fitting]
+                _, block = blocks.pop()
+                self.idle_bytes -= fitting
+                self._idle.move_to_end(fitting)
+                if not blocks:
+                    del self._idle[fitting]
+                return block
         block = mmap.mmap(-1, size)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             block.madvise(mmap.MADV_HUGEPAGE)
         return block
 
     def _give_back(self, block: mmap.mmap) -> None:
+        size = len(block)
         with self._lock:
-            if not self._closed and self.idle_bytes + len(block) <= self._max_idle_bytes:
-                self.idle_bytes += len(block)
-                self._idle[len(block)].append(block)
+            if self._closed or size > self._max_idle_bytes:
+                return
+            while self.idle_bytes + size > self._max_idle_bytes:
+                oldest, blocks = next(iter(self._idle.items()))
+                del blocks[0]
+                self.idle_bytes -= oldest
+                if not blocks:
+                    del self._idle[oldest]
+            self.idle_bytes += size
+            self._idle.setdefault(size, []).append((time.monotonic(), block))
+            self._idle.move_to_end(size)

@@ -1,0 +1,88 @@
+"""Connections whose sockets any thread can cut, and whose answers are read without a copy."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import socket
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from urllib3.connection import HTTPConnection, HTTPSConnection
+
+if TYPE_CHECKING:
+    import urllib3
+
+
+class OpenSockets:
+    """The sockets to one server, which any thread can cut."""
+
+    def __init__(self) -> None:
+        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+        self._lock = threading.Lock()
+        self.closed = False
+
+    def add(self, connected: socket.socket) -> None:
+        """Keep a socket in sight for as long as it is open; after `cut` it is cut at once."""
+        with self._lock:
+            self._sockets.add(connected)
+            if self.closed:
+                _shut_down(connected)
+
+    def cut(self) -> None:
+        """Shut every socket down; whoever waits on one gets an error."""
+        with self._lock:
+            self.closed = True
+            for connected in self._sockets:
+                _shut_down(connected)
+
+
+def _shut_down(connected: socket.socket) -> None:
+    # Not TLS's own shutdown, which takes the session from under whoever reads.
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(connected, socket.SHUT_RDWR)
+
+
+class DirectConnection(HTTPConnection):
+    """A connection that keeps http.client's own object behind its last answer.
+
+    That reads from the socket straight into a buffer, where urllib3's `readinto` makes a bytes object and copies it.
+    """
+
+    answer: http.client.HTTPResponse | None = None
+
+    def response_class(self, *args: Any, **options: Any) -> http.client.HTTPResponse:  # type: ignore[override]
+        """Make the answer; http.client calls this where it has a class by default."""
+        self.answer = http.client.HTTPResponse(*args, **options)
+        return self.answer
+
+
+class SecureConnection(HTTPSConnection):
+    """A `DirectConnection` over TLS."""
+
+    answer: http.client.HTTPResponse | None = None
+
+    def response_class(self, *args: Any, **options: Any) -> http.client.HTTPResponse:  # type: ignore[override]
+        """Make the answer."""
+        self.answer = http.client.HTTPResponse(*args, **options)
+        return self.answer
+
+
+def source_of(answer: urllib3.BaseHTTPResponse) -> http.client.HTTPResponse | urllib3.BaseHTTPResponse:
+    """Where to read an answer's body from with the fewest copies."""
+    connection = answer.connection
+    direct = connection.answer if isinstance(connection, DirectConnection | SecureConnection) else None
+    return answer if direct is None else direct
+
+
+def tracked(kind: type[Any], sockets: OpenSockets) -> type[Any]:
+    """A connection class that tells of the sockets it opens."""
+
+    class Connection(kind):  # type: ignore[misc]
+        def connect(self) -> None:
+            super().connect()
+            # Not the connection: it lets go of its socket while a last answer is still read from it.
+            sockets.add(self.sock)
+
+    return Connection

@@ -1,0 +1,63 @@
+"""Where a request's time went, as its client knows it."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, NamedTuple
+
+from eagle_target import protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+# The server's stages, then the client's.
+STAGES = ("queue", "forward", "projection", "transfer", "assembly")
+
+
+class Received(NamedTuple):
+    """What came of one request: bytes, in the body and beside it, and seconds by stage."""
+
+    nbytes: int
+    seconds: dict[str, float]
+
+
+def received(headers: Mapping[str, str], body_bytes: int, transfer: float) -> Received:
+    """Of an answer's headers, and the seconds from their arrival to the last byte."""
+    moved = headers.get(protocol.MOVED_BYTES, "")
+    seconds = {**server_seconds(headers.get(protocol.TIMINGS, "")), "transfer": transfer}
+    return Received(body_bytes + (int(moved) if moved.isdecimal() else 0), seconds)
+
+
+def server_seconds(timings: str) -> dict[str, float]:
+    """Seconds by stage of a `Server-Timing` header; what is no duration is left out."""
+    seconds = {}
+    for entry in timings.split(","):
+        stage, _, duration = entry.strip().partition(";dur=")
+        try:
+            seconds[stage] = float(duration) / 1000
+        except ValueError:
+            continue
+    return seconds
+
+
+class Traffic:
+    """Sums over the requests of one client. Called from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts = {"requests": 0, "tokens": 0, "bytes_received": 0}
+        self._seconds = dict.fromkeys(STAGES, 0.0)
+
+    def count(self, tokens: int, answer: Received, assembly: float) -> None:
+        """Add one request; `assembly` is seconds from its last byte to the finished batch."""
+        with self._lock:
+            self._counts["requests"] += 1
+            self._counts["tokens"] += tokens
+            self._counts["bytes_received"] += answer.nbytes
+            for stage, seconds in {**answer.seconds, "assembly": assembly}.items():
+                self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds
+
+    def totals(self) -> dict[str, int | dict[str, float]]:
+        """Requests, tokens, bytes received, and seconds by stage."""
+        with self._lock:
+            return {**self._counts, "seconds": dict(self._seconds)}

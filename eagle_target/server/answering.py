@@ -1,0 +1,83 @@
+"""The second stage: supervision into answers, and answers to whoever waits; one bad request fails alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from eagle_target.errors import AdapterError, ContractError
+from eagle_target.server.forwards import release_frames
+from eagle_target.server.stages import engine_stopped
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from eagle_target.server.answers import Answer
+    from eagle_target.server.forwards import Forwarded
+    from eagle_target.server.job_queue import JobQueue
+    from eagle_target.server.jobs import Part
+
+
+class AnswerStage:
+    """Answers parts that were run.
+
+    Args:
+        queue: where a part goes back to that failed beside others.
+        tell: called with the failure of a part by itself, or None for one that went well.
+        stop: called with what ends a thread.
+    """
+
+    def __init__(
+        self, queue: JobQueue, tell: Callable[[Exception | None], None], stop: Callable[[BaseException], None]
+    ) -> None:
+        self._queue = queue
+        self._tell = tell
+        self._stop = stop
+
+    def handle(self, forwarded: Forwarded) -> None:
+        """Answer every part; what is stored is let go of part by part."""
+        if forwarded.error is not None:
+            self._fail(forwarded.parts[0], forwarded.error)
+            return
+        stores = forwarded.stores[::-1]
+        forwarded.stores.clear()
+        for part in forwarded.parts:
+            if part.job.is_over:
+                stores.pop()
+                part.job.drop()
+            else:
+                self._answer(part, stores, is_alone=len(forwarded.parts) == 1)
+
+    def abandon(self, forwarded: Forwarded, error: BaseException) -> None:
+        """Answer what ended the thread's work on some parts."""
+        forwarded.stores.clear()
+        for part in forwarded.parts:
+            part.job.fail(engine_stopped())
+        self._stop(error)
+
+    def _answer(self, part: Part, stores: list[Callable[[], Answer]], *, is_alone: bool) -> None:
+        try:
+            answer = stores.pop()()
+            for sequence, supervision in part.hits.items():
+                answer.fill(sequence, supervision)
+            if self._queue.cache is not None:
+                self._queue.cache.keep(part, answer)
+        except Exception as error:  # noqa: BLE001 - logged, and handed to whoever waits
+            release_frames(error, logged_as="a projection failed" if is_alone else None)
+            if is_alone:
+                self._fail(part, error)
+            else:
+                self._queue.put_back(part)
+            return
+        if part.missing:
+            self._tell(None)
+        part.job.finish_part()
+
+    def _fail(self, part: Part, error: Exception) -> None:
+        self._tell(error)
+        part.job.fail(error if isinstance(error, AdapterError | ContractError) else _engine_error(error))
+
+
+def _engine_error(error: Exception) -> AdapterError:
+    failure = AdapterError(f"the engine failed: {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure

@@ -1,0 +1,107 @@
+"""Who may ask a server: addresses it may listen on, TLS, tokens."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import ssl
+from typing import TYPE_CHECKING
+
+from eagle_target import protocol
+from eagle_target.errors import ConfigError
+from eagle_target.server.problems import problem
+from eagle_target.tokens import Tokens
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+    from eagle_target.config import ServerConfig
+
+logger = logging.getLogger(__name__)
+
+# A supervisor's probes carry no token; what they are told is in docs/protocol.md.
+OPEN_PATHS = (protocol.HEALTH, protocol.READY)
+AUTHORIZED = "eagle_target.authorized"
+SCHEME = "bearer "
+
+
+def open_tokens(config: ServerConfig) -> Tokens:
+    """The tokens a server's settings name.
+
+    Raises:
+        ConfigError: they cannot be read, or the server would stand open on an address others can reach.
+    """
+    tokens = Tokens(None if config.token is None else config.token.get_secret_value(), config.token_file)
+    if is_loopback(config.host):
+        return tokens
+    if not tokens and config.tls_client_ca is None and not config.insecure:
+        raise ConfigError(
+            f"anybody who reaches {config.host}:{config.port} could use this server: give it token_file or "
+            "EAGLE_TARGET_TOKEN, or tls_client_ca for clients with certificates; or say insecure where the network "
+            "itself keeps strangers out"
+        )
+    if tokens and config.tls_cert is None:
+        logger.warning("tokens and tensors travel in the clear on %s: give tls_cert and tls_key", config.host)
+    return tokens
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address; a name other than `localhost` counts as reached from elsewhere."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def make_tls(config: ServerConfig) -> ssl.SSLContext | None:
+    """What a server's settings say of TLS; None for plain HTTP.
+
+    Raises:
+        ConfigError: one of certificate and key is missing, or a file cannot be used.
+    """
+    if config.tls_cert is None and config.tls_key is None and config.tls_client_ca is None:
+        return None
+    if config.tls_cert is None or config.tls_key is None:
+        raise ConfigError("TLS needs both tls_cert and tls_key")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(config.tls_cert, config.tls_key, password=_no_password)
+        if config.tls_client_ca is not None:
+            context.load_verify_locations(config.tls_client_ca)
+            context.verify_mode = ssl.CERT_REQUIRED
+    except (OSError, ssl.SSLError, ValueError) as error:
+        names = ", ".join(str(path) for path in (config.tls_cert, config.tls_key, config.tls_client_ca) if path)
+        raise ConfigError(f"cannot use {names} for TLS: {error}") from error
+    return context
+
+
+class TokenGate:
+    """An ASGI application that lets through only requests with a token, where there are tokens."""
+
+    def __init__(self, app: ASGIApp, tokens: Tokens) -> None:
+        self._app = app
+        self._tokens = tokens
+        self._is_closed = bool(tokens)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 401, or pass the request on."""
+        authorized = not self._is_closed or self._tokens.accept(_token_of(scope))
+        scope[AUTHORIZED] = authorized
+        if authorized or scope["path"] in OPEN_PATHS:
+            await self._app(scope, receive, send)
+            return
+        answer = problem(401, "unauthorized", "this server takes requests with a token of its own only", close=True)
+        answer.headers["WWW-Authenticate"] = "Bearer"
+        await answer(scope, receive, send)
+
+
+def _token_of(scope: Scope) -> str:
+    values = [value for name, value in scope["headers"] if name == b"authorization"]
+    text = values[0].decode("latin-1") if len(values) == 1 else ""
+    return text[len(SCHEME) :].strip() if text[: len(SCHEME)].lower() == SCHEME else ""
+
+
+def _no_password() -> str:
+    # Without it OpenSSL asks on the terminal, for which nobody may be there.
+    raise ValueError("the key is encrypted: give one without a password")

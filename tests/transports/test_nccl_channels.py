@@ -1,0 +1,317 @@
+"""What is nccl's own: groups beside others, outboxes, ends that close or fall silent, and reasons for refusals."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from eagle_target_nccl.groups import PairGroup
+from eagle_target_nccl.layout import Staging, cut_bytes, group_sizes
+from eagle_target_nccl.transport import NcclTransport
+
+from eagle_target.client.remote import RemoteEagle3TargetModel
+from eagle_target.errors import (
+    ConnectError,
+    Overloaded,
+    ProtocolError,
+    TransferTimeout,
+    TransportError,
+    TransportRefused,
+)
+from eagle_target.options import build_model
+from eagle_target.rows import PackedTensors
+from eagle_target.testing.server import loopback_server
+from eagle_target.testing.transport_harness import ChannelPair, MemoryBody, MemoryControl, assert_same_bits
+from tests.client.batches import assert_same_batch, expected_batch, rows_of
+from tests.server.cases import PATIENCE_SECONDS, mapping_of, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from eagle_target.transports import ServerEndpoint
+
+SENDERS = "eagle-target-nccl"
+# An address of documentation (RFC 5737), which no machine has.
+FOREIGN_ADDRESS = "192.0.2.1"
+
+
+def senders() -> int:
+    return sum(thread.name == SENDERS for thread in threading.enumerate())
+
+
+@contextlib.contextmanager
+def listening(**options: Any) -> Iterator[ServerEndpoint]:
+    endpoint = NcclTransport.listen(build_model(NcclTransport.options_model, options, "options"))
+    try:
+        yield endpoint
+    finally:
+        endpoint.close()
+
+
+@contextlib.contextmanager
+def joined(**options: Any) -> Iterator[ChannelPair]:
+    with listening(**options) as endpoint:
+        pair = ChannelPair(NcclTransport, endpoint, options)
+        try:
+            yield pair
+        finally:
+            pair.close()
+    wait_until(lambda: senders() == 0, "the end of the channel's thread")
+
+
+@contextlib.contextmanager
+def connected(url: str, transport: str = "nccl", **options: Any) -> Iterator[RemoteEagle3TargetModel]:
+    options = {"encoding": "probs", "timeout": PATIENCE_SECONDS, **options}
+    with RemoteEagle3TargetModel.from_urls([url], transport=transport, **options) as target:
+        target.set_vocab_mapping(mapping_of())
+        yield target
+
+
+def transport_of(target: RemoteEagle3TargetModel) -> str:
+    return str(target.model_info()["servers"][0]["transport"])
+
+
+def large() -> dict[str, torch.Tensor]:
+    return {"large": torch.arange(8 << 20, dtype=torch.int32)}
+
+
+class StrayingControl(MemoryControl):
+    """A server that sends its client to another meeting than its own."""
+
+    def tell(self, message: Mapping[str, Any], *, timeout: float | None = None) -> Mapping[str, Any]:
+        return {**super().tell(message, timeout=timeout), "prefix": "elsewhere"}
+
+
+class ClosingControl(MemoryControl):
+    """A server that goes away as soon as it has told where to meet."""
+
+    def tell(self, message: Mapping[str, Any], *, timeout: float | None = None) -> Mapping[str, Any]:
+        answer = super().tell(message, timeout=timeout)
+        self.endpoint.close()
+        return answer
+
+
+def refusal(control: MemoryControl, **options: Any) -> str:
+    checked = build_model(NcclTransport.options_model, options, "options")
+    with pytest.raises(ConnectError) as raised:
+        NcclTransport.connect(checked, control.endpoint.offer(), control)
+    for channel in control.accepted:
+        channel.close()
+    return str(raised.value)
+
+
+def test_many_clients_have_a_group_each() -> None:
+    count = 8
+    with loopback_server(transports=("nccl",)) as server, contextlib.ExitStack() as clients:
+        targets = [clients.enter_context(connected(server.url)) for _ in range(count)]
+        wait_until(lambda: senders() == count)
+
+        def check(seed: int) -> None:
+            batch = targets[seed % count].generate_batch(**rows_of(seed))
+            assert_same_batch(batch, expected_batch(rows_of(seed)))
+
+        with ThreadPoolExecutor(count) as pool:
+            for done in [pool.submit(check, seed) for seed in range(4 * count)]:
+                done.result(PATIENCE_SECONDS)
+    assert senders() == 0
+
+
+def test_one_port_serves_all_clients() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    answers = []
+    with listening(port=port, connect_timeout=0.3) as endpoint:
+        for _ in range(2):
+            channel, _ = endpoint.accept({"backend": "gloo", "address": "127.0.0.1"})
+            answers.append(channel.answer({"join": True}))
+            with pytest.raises(TransportError, match="already"):
+                channel.answer({"join": True})
+            channel.close()
+    assert [(answer["host"], answer["port"]) for answer in answers] == [("127.0.0.1", port)] * 2
+    assert answers[0]["prefix"] != answers[1]["prefix"]
+
+
+def test_a_group_that_carries_nothing_is_released_and_the_next_batch_opens_another() -> None:
+    options = {"nccl": {"idle_timeout": 0.3}}
+    with (
+        loopback_server(transports=("nccl", "wire"), transport_options=options) as server,
+        connected(server.url, "nccl,wire") as target,
+    ):
+        for seed in range(3):
+            assert_same_batch(target.generate_batch(**rows_of(seed)), expected_batch(rows_of(seed)))
+            assert transport_of(target) == "nccl"
+            wait_until(lambda: senders() == 0, "the end of the idle group")
+        assert target.model_info()["servers"][0]["fallbacks"] == 0
+
+
+def test_a_list_steps_down_once_and_comes_back(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pull = PairGroup.pull
+
+    def break_once(self: PairGroup, *arguments: Any) -> None:
+        monkeypatch.undo()
+        self.abort()
+        pull(self, *arguments)
+
+    with loopback_server(transports=("nccl", "wire")) as server, connected(server.url, "nccl,wire") as target:
+        assert transport_of(target) == "nccl"
+        monkeypatch.setattr(PairGroup, "pull", break_once)
+        with caplog.at_level(logging.WARNING, "eagle_target.client"):
+            assert_same_batch(target.generate_batch(**rows_of(1)), expected_batch(rows_of(1)))
+        assert transport_of(target) == "wire"
+        assert target.model_info()["servers"][0]["fallbacks"] == 1
+        assert len([record for record in caplog.records if "stepped down" in record.getMessage()]) == 1
+        wait_until(lambda: transport_of(target) == "nccl", "the way back")
+        assert_same_batch(target.generate_batch(**rows_of(2)), expected_batch(rows_of(2)))
+        assert target.model_info()["traffic"]["retries"] == 0
+
+
+@pytest.mark.parametrize("end", ["client", "server"])
+def test_either_end_may_close_in_the_middle_of_a_transfer(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with joined() as pair:
+        receive = PairGroup._receive
+
+        def close_first(self: PairGroup, *arguments: Any) -> Any:
+            work = receive(self, *arguments)
+            monkeypatch.undo()
+            closing = threading.Thread(target=getattr(pair, end).close)
+            closing.start()
+            closing.join(PATIENCE_SECONDS)
+            return work
+
+        reply = pair.server.send("t", large(), {})
+        monkeypatch.setattr(PairGroup, "_receive", close_first)
+        with pytest.raises(ConnectError):
+            pair.client.receive(MemoryBody.of(reply), PackedTensors())
+        assert pair.client.broken
+
+
+def test_a_client_whose_turn_does_not_come_has_a_timeout_and_the_channel_goes_on() -> None:
+    with joined() as pair:
+        bodies = [MemoryBody.of(pair.server.send(name, large(), {})) for name in ("first", "second")]
+        bodies[0].deadline = time.monotonic()
+        with pair.client._turn, pytest.raises(TransferTimeout, match="another transfer"):  # type: ignore[attr-defined]
+            pair.client.receive(bodies[0], PackedTensors())
+        received = PackedTensors()
+        pair.client.receive(bodies[1], received)
+        assert_same_bits(received, large())
+
+
+def test_an_outbox_takes_one_transfer_of_any_size_and_others_up_to_its_bytes() -> None:
+    with joined(outbox_bytes=100) as pair:
+        first = pair.server.send("first", large(), {})
+        with pytest.raises(Overloaded, match="outbox_bytes, 100"):
+            pair.server.send("second", {"small": torch.zeros(1)}, {})
+        received = PackedTensors()
+        pair.client.receive(MemoryBody.of(first), received)
+        assert_same_bits(received, large())
+        pair.server.send("second", {"small": torch.zeros(1)}, {})
+
+
+def test_a_transfer_that_nobody_asked_for_in_time_is_gone_and_the_channel_goes_on() -> None:
+    with joined(transfer_timeout=0.2) as pair:
+        late = pair.server.send("late", large(), {})
+        time.sleep(0.5)
+        with pytest.raises(ProtocolError, match="no transfer 'late'"):
+            pair.client.receive(MemoryBody.of(late), PackedTensors())
+        assert not pair.client.broken
+        tensors = {"small": torch.ones(3)}
+        assert_same_bits(pair.transfer("next", tensors)[0], tensors)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {},
+        {"what": 1},
+        {"pull": "t"},
+        {"pull": "t", "number": 1, "cuts": [1]},
+        {"pull": "t", "number": 1, "cuts": [-4, 8]},
+        {"pull": "t", "number": 0, "cuts": [4]},
+        {"pull": "t", "number": 1, "cuts": 4},
+        {"pull": "t", "cuts": [4]},
+    ],
+    ids=str,
+)
+def test_messages_that_make_no_sense_are_refused(message: dict[str, Any]) -> None:
+    with joined() as pair:
+        pair.server.send("t", {"small": torch.ones(1)}, {})
+        with pytest.raises(TransportError):
+            pair.server.answer(message)
+        tensors = {"small": torch.ones(3)}
+        assert_same_bits(pair.transfer("next", tensors)[0], tensors)
+
+
+def test_refusals_name_the_cause() -> None:
+    with listening() as endpoint:
+        assert "cannot use 'nccl'" in refusal(MemoryControl(endpoint, device="cuda:0", target_device="cuda:1"))
+        assert "has no address" in refusal(MemoryControl(endpoint, address="no-such-host.invalid"))
+        assert "cannot listen" in refusal(MemoryControl(endpoint, address=FOREIGN_ADDRESS))
+        assert "cannot connect to 127.0.0.1" in refusal(ClosingControl(endpoint))
+    with listening(connect_timeout=0.3) as endpoint:
+        assert "no group" in refusal(StrayingControl(endpoint), connect_timeout=0.3)
+    with socket.create_server(("127.0.0.1", 0)) as taken, listening(port=taken.getsockname()[1]) as endpoint:
+        assert "cannot listen" in refusal(MemoryControl(endpoint))
+    for address in ("0.0.0.0", "224.0.0.1", "gpu-7", None):
+        with listening() as endpoint, pytest.raises(ConnectError, match="address"):
+            endpoint.accept({"backend": "gloo", "address": address})
+    wait_until(lambda: senders() == 0, "the end of threads that waited for a client")
+
+
+def test_a_client_that_joins_and_does_not_come_costs_a_thread_for_no_longer_than_the_timeout() -> None:
+    with listening(connect_timeout=0.3) as endpoint:
+        control = MemoryControl(endpoint)
+        control.open_channel({"backend": "gloo", "address": "127.0.0.1"})
+        control.tell({"join": True})
+        assert senders() == 1
+        wait_until(lambda: senders() == 0)
+        assert "no group" in control.tell({"state": True})["failure"]
+
+
+def test_by_name_it_is_used_or_the_cause_is_told() -> None:
+    options = {"nccl": {"host": FOREIGN_ADDRESS}}
+    with loopback_server(transports=("nccl", "wire"), transport_options=options) as server:
+        with pytest.raises(TransportRefused, match=f"cannot listen at '{FOREIGN_ADDRESS}'"), connected(server.url):
+            pass
+        with connected(server.url, "nccl,wire") as target:
+            assert transport_of(target) == "wire"
+
+
+def test_auto_takes_it_between_devices_only() -> None:
+    with listening() as endpoint:
+        for device, target_device in (("cpu", "cpu"), ("cuda:0", "cpu"), ("cpu", "cuda")):
+            control = MemoryControl(endpoint, device=device, target_device=target_device)
+            assert "auto takes nccl between CUDA devices" in (NcclTransport.auto_refusal(control) or "")
+        control = MemoryControl(endpoint, device="cuda:1", target_device="cuda")
+        assert NcclTransport.auto_refusal(control) is None
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_bytes_are_cut_and_put_together_again(seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+
+    def sizes() -> list[int]:
+        kinds = torch.randint(0, 3, (40,), generator=draw)
+        return (kinds * torch.randint(0, 90, (40,), generator=draw) ** kinds // 2).tolist()
+
+    sent, wanted = sizes(), sizes()
+    total = max(sum(sent), sum(wanted))
+    sent.append(total - sum(sent))
+    wanted.append(total - sum(wanted))
+    groups = group_sizes(wanted, large_bytes=50)
+    assert [index for group in groups for index in group if wanted[index]] == [i for i, n in enumerate(wanted) if n]
+    cuts = [sum(wanted[index] for index in group) for group in groups]
+    everything = torch.randint(0, 256, (total,), generator=draw, dtype=torch.uint8)
+
+    messages = cut_bytes(list(everything.split_with_sizes(sent)), cuts, Staging(torch.device("cpu")))
+
+    assert [len(message) for message in messages] == cuts
+    assert torch.equal(torch.cat(messages), everything)

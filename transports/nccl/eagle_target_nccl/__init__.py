@@ -1,0 +1,20 @@
+"""The `nccl` transport: tensors over a process group of two, NCCL between GPUs and gloo between CPUs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from eagle_target.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from eagle_target.transports import Transport
+
+
+@hookimpl
+def register_transports(register: Callable[[type[Transport]], None]) -> None:
+    """Register the transport."""
+    from eagle_target_nccl.transport import NcclTransport
+
+    register(NcclTransport)

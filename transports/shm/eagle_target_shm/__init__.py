@@ -1,0 +1,20 @@
+"""The `shm` transport: tensors in memory that a client on the same host maps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from eagle_target.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from eagle_target.transports import Transport
+
+
+@hookimpl
+def register_transports(register: Callable[[type[Transport]], None]) -> None:
+    """Register the transport."""
+    from eagle_target_shm.transport import ShmTransport
+
+    register(ShmTransport)
