@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from eagle_target_inprocess.transport import InProcessTransport
 
 from eagle_target.testing.transports import InProcessTransportConformance
@@ -9,3 +11,4 @@ from eagle_target.testing.transports import InProcessTransportConformance
 
 class TestInProcessTransport(InProcessTransportConformance):
     transport = InProcessTransport
+    large_bytes: ClassVar[int] = 1 << 30

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from eagle_target_wire.transport import WireTransport
 
 from eagle_target.testing.transports import TransportConformance
@@ -9,3 +11,4 @@ from eagle_target.testing.transports import TransportConformance
 
 class TestWireTransport(TransportConformance):
     transport = WireTransport
+    large_bytes: ClassVar[int] = 1 << 30
