@@ -66,7 +66,7 @@ def test_flags_win_over_the_environment_and_that_over_the_file(eagle_target: Com
         (["--model", "m", "-t", "nope.x=3"], "transport_options for ['nope']"),
         (["--model", "m", "--config", "/absent.yaml"], "cannot read the settings file /absent.yaml"),
         (["--model", "m", "--aux-layer-ids", "1,2"], "aux_layer_ids"),
-        (["--model", "m", "--host", "256.1.1.1"], "cannot listen on 256.1.1.1"),
+        (["--model", "m", "--host", "256.1.1.1", "--insecure"], "cannot listen on 256.1.1.1"),
     ],
 )
 def test_wrong_settings_end_it_with_one_line(refused: Callable[..., str], arguments: list[str], message: str) -> None:

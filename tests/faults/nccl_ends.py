@@ -43,13 +43,13 @@ def client(*urls: str, **options: Any) -> RemoteEagle3TargetModel:
 
 
 @contextlib.contextmanager
-def halfway(action: Callable[[], object]) -> Iterator[None]:
-    """Do something once, when half of the messages that this process receives next are asked for."""
+def halfway(action: Callable[[], object], *, after: int = HALF_WAY) -> Iterator[None]:
+    """Do something once, when half (or `after`) of the messages this process receives next are asked for."""
     receive, asked = PairGroup._receive, iter(range(1 << 30))
 
     def count(self: PairGroup, message: torch.Tensor, number: int, kind: int) -> Any:
         # Transfer 0 is a greeting; a server of this process receives nothing else.
-        if number and next(asked) == HALF_WAY:
+        if number and next(asked) == after:
             action()
         return receive(self, message, number, kind)
 

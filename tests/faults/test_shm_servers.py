@@ -71,7 +71,9 @@ def test_a_server_restarted_under_a_running_prefetch(monkeypatch: pytest.MonkeyP
     items = [rows_of(seed) for seed in range(4 * ROUNDS)]
     with (
         faulty_server({"delay": 0.01}, transports=("shm",), max_batch_tokens=1) as victim,
-        RemoteEagle3TargetModel.from_urls([victim.url], transport="shm", timeout=30.0, max_retries=5) as target,
+        RemoteEagle3TargetModel.from_urls(
+            [victim.url], transport="shm", encoding="probs", timeout=30.0, max_retries=5
+        ) as target,
     ):
         target.set_vocab_mapping(mapping_of())
         for number, batch in enumerate(target.prefetch(items, depth=4)):

@@ -31,7 +31,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def test_a_server_on_this_host_is_read_from_memory() -> None:
     with (
         loopback_server(transports=("shm", "wire")) as running,
-        RemoteEagle3TargetModel.from_urls([running.url]) as target,
+        RemoteEagle3TargetModel.from_urls([running.url], encoding="probs") as target,
     ):
         target.set_vocab_mapping(mapping_of())
         for seed in range(3):
@@ -50,7 +50,7 @@ def test_a_list_is_stepped_down_once(
     elsewhere: str, caplog: pytest.LogCaptureFixture, transport: str, level: int
 ) -> None:
     caplog.set_level(logging.INFO, "eagle_target.client.agreement")
-    with RemoteEagle3TargetModel.from_urls([elsewhere], transport=transport) as target:
+    with RemoteEagle3TargetModel.from_urls([elsewhere], transport=transport, encoding="probs") as target:
         target.set_vocab_mapping(mapping_of())
         for seed in range(3):
             assert_same_batch(target.generate_batch(**rows_of(seed)), expected_batch(rows_of(seed)))
