@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 
 import torch
 from torch import distributed
@@ -36,7 +37,8 @@ def train(rank: int, device: str, urls: list[str], transport: str) -> int:
             trained += batch.attention_mask.sum()
             distributed.all_reduce(batch.aux_hidden_states.float().mean())
         used = sorted({server["transport"] for server in target.model_info()["servers"]})
-        print(f"rank {rank}: {STEPS} batches over {', '.join(used)}", flush=True)
+        # One write a line: torchrun's ranks share a pipe, and print() writes the line's end by itself.
+        sys.stdout.write(f"rank {rank}: {STEPS} batches over {', '.join(used)}\n")
     distributed.all_reduce(trained)
     return int(trained)
 
@@ -56,7 +58,7 @@ def main() -> None:
         rank = distributed.get_rank()
         trained = train(rank, device, arguments.urls, arguments.transport)
         if rank == 0:
-            print(f"{distributed.get_world_size()} ranks trained on {trained} tokens", flush=True)
+            sys.stdout.write(f"{distributed.get_world_size()} ranks trained on {trained} tokens\n")
     finally:
         distributed.destroy_process_group()
 
