@@ -34,14 +34,16 @@ def aux_bytes(info: TargetInfo) -> int:
 def row_bytes(
     info: TargetInfo, encoding: Encoding, *, draft_vocab_size: int, probs_dtype: torch.dtype = torch.float32
 ) -> int:
-    """Bytes of one row of the distribution in an encoding, argmax and logsumexp included.
+    """Bytes of one row of the distribution in an encoding, argmax and logsumexp included where they are sent.
 
     Logits are counted as float32, which no head of half precision exceeds.
     """
     if encoding == "probs":
         return ROW_FACTS_BYTES + draft_vocab_size * probs_dtype.itemsize
     if encoding == "hidden":
-        return ROW_FACTS_BYTES + info.hidden_size * _itemsize(info)
+        # Who projects the whole vocabulary takes both facts from that.
+        facts = 0 if draft_vocab_size == info.vocab_size else ROW_FACTS_BYTES
+        return facts + info.hidden_size * _itemsize(info)
     return ROW_FACTS_BYTES + info.vocab_size * max(torch.float32.itemsize, _itemsize(info))
 
 

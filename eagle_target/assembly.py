@@ -8,7 +8,7 @@ import torch
 
 from eagle_target.batch import Eagle3TargetBatch
 from eagle_target.errors import ContractError, ProtocolError
-from eagle_target.projection import project_draft
+from eagle_target.projection import RowFacts, project_draft
 from eagle_target.rows import RowStore, scattered_store
 
 if TYPE_CHECKING:
@@ -107,7 +107,14 @@ class BatchAssembler:
         hidden = self._stores["last_hidden_states"].out
         shape = (len(hidden), len(self._draft_head.weight))
         store = self._scatter("target_probs", shape, self._request.probs_dtype, self._row_positions)
-        project_draft(hidden, self._draft_head, store)
+        facts: RowFacts | None = None
+        if self._request.mapping is not None and not self._request.has_row_facts:
+            facts = RowFacts(
+                self._scatter("target_top_ids", (len(hidden),), torch.int32, self._row_positions),
+                self._scatter("target_logsumexp", (len(hidden),), torch.float32, self._row_positions),
+                self._request.mapping.to(hidden.device).selected_token_ids,
+            )
+        project_draft(hidden, self._draft_head, store, facts)
 
     def _scatter(self, name: str, shape: Sequence[int], dtype: torch.dtype, positions: torch.Tensor) -> RowStore:
         slots = self._rows.layout.batch * self._rows.layout.seq
@@ -143,9 +150,9 @@ def _expected_tensors(
     model = (getattr(torch, info.dtype),)
     expected: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
         "aux_hidden_states": ((3 * info.hidden_size,), model),
-        "target_top_ids": ((), (torch.int32,)),
-        "target_logsumexp": ((), (torch.float32,)),
     }
+    if request.has_row_facts:
+        expected |= {"target_top_ids": ((), (torch.int32,)), "target_logsumexp": ((), (torch.float32,))}
     if request.encoding == "hidden":
         expected["last_hidden_states"] = ((info.hidden_size,), model)
     elif request.encoding == "logits":

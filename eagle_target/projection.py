@@ -6,7 +6,7 @@ Never more than one tile of full-vocabulary logits is alive. Pure functions of t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
@@ -25,6 +25,10 @@ Encoding = Literal["probs", "hidden", "logits"]
 RowPolicy = Literal["supervised", "all"]
 PROBS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+# Under 32 MiB the C library gives a tile's memory again to the next one; above, each tile is fresh pages.
+CPU_HEAP_BYTES = 31 << 20
+# A head of many ids is read once a tile, which fewer rows do not repay.
+CPU_TILE_ROWS = 256
 CPU_TILE_BYTES = 128 << 20
 CUDA_TILE_BYTES = 256 << 20
 EXP_BLOCK_BYTES = 16 << 20
@@ -70,30 +74,67 @@ def project_full(
             continue
         best = logits.argmax(dim=-1)
         top_ids.write(start, best)
-        logsumexp.write(start, scratch.logsumexp(logits, best))
+        draft_probs: torch.Tensor | None = None
         if probs is not None and mapping is not None:
-            probs.write(start, scratch.draft_softmax(logits, mapping))
+            draft_probs = scratch.draft_softmax(logits, mapping)
+            probs.write(start, draft_probs)
+        if draft_probs is not None and mapping is not None and mapping.is_identity:
+            logsumexp.write(start, logsumexp_of_softmax(logits, draft_probs, best))
+        else:
+            logsumexp.write(start, scratch.logsumexp(logits, best))
         # Two tiles would be alive while the head makes the next one.
         del logits
 
 
-def project_draft(last_hidden_states: torch.Tensor, head: DraftHead, store: RowStore) -> None:
+class RowFacts(NamedTuple):
+    """Where `project_draft` puts what it finds beside the distribution, for a draft that has the whole vocabulary.
+
+    top_ids: int32 `[rows]`. logsumexp: float32 `[rows]`. ids: the target's id of each of the draft's, int64.
+    """
+
+    top_ids: RowStore
+    logsumexp: RowStore
+    ids: torch.Tensor
+
+
+def project_draft(
+    last_hidden_states: torch.Tensor, head: DraftHead, store: RowStore, facts: RowFacts | None = None
+) -> None:
     """Project `[rows, hidden]` through the draft's rows of the head and store the softmax `[rows, draft_vocab]`.
 
     The same function whether the server's process or a client's runs it.
     """
     tile = tile_rows(len(head.weight), last_hidden_states.device)
+    scratch: torch.Tensor | None = None
     for start in range(0, len(last_hidden_states), tile):
         with torch.autocast(last_hidden_states.device.type, enabled=False):
             logits = head.compute_logits(last_hidden_states[start : start + tile])
-        store.write(start, torch.softmax(logits, dim=-1, dtype=torch.float32))
+        if scratch is None:
+            scratch = torch.empty_like(logits, dtype=torch.float32)
+        probs = torch.softmax(logits, dim=-1, dtype=torch.float32, out=scratch[: len(logits)])
+        store.write(start, probs)
+        if facts is not None:
+            best = logits.argmax(dim=-1)
+            facts.top_ids.write(start, facts.ids[best])
+            facts.logsumexp.write(start, logsumexp_of_softmax(logits, probs, best))
         del logits
+
+
+def logsumexp_of_softmax(logits: torch.Tensor, probs: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
+    """float32 `[tile]` from `[tile, vocab]`, its softmax and its argmax, without a second pass over the vocabulary.
+
+    log p = logit - logsumexp; the argmax has at least one part in `vocab` of the mass, so its logarithm is exact.
+    """
+    column = best[:, None]
+    return (logits.gather(1, column).float() - probs.gather(1, column).log())[:, 0]
 
 
 def tile_rows(vocab_size: int, device: torch.device) -> int:
     """Rows of float32 logits that fit one tile on a device; at least one."""
-    budget = CPU_TILE_BYTES if device.type == "cpu" else CUDA_TILE_BYTES
-    return max(1, budget // (4 * vocab_size))
+    row_bytes = 4 * vocab_size
+    if device.type != "cpu":
+        return max(1, CUDA_TILE_BYTES // row_bytes)
+    return max(1, CPU_HEAP_BYTES // row_bytes, min(CPU_TILE_ROWS, CPU_TILE_BYTES // row_bytes))
 
 
 def _check_logits(logits: torch.Tensor, vocab_size: int) -> None:

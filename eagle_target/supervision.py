@@ -46,6 +46,14 @@ class SupervisionRequest:
         """Tokens in all sequences."""
         return self.input_ids.numel()
 
+    @property
+    def has_row_facts(self) -> bool:
+        """Whether `target_top_ids` and `target_logsumexp` are in the answer.
+
+        Not where the trainer projects the whole vocabulary by itself: it has both, and the target projects nothing.
+        """
+        return self.encoding != "hidden" or self.mapping is None or not self.mapping.is_whole
+
     def check(self, info: TargetInfo) -> None:
         """Refuse what the target cannot do.
 
@@ -84,8 +92,9 @@ class SupervisionRequest:
 def compute_supervision(runner: TargetRunner, request: SupervisionRequest, sink: Sink) -> None:
     """Run the target on one request and put the supervision into a sink.
 
-    Gives `aux_hidden_states` `[tokens, 3*hidden]`, `target_top_ids`, `target_logsumexp` and the distribution in
-    the request's encoding: `target_probs`, `last_hidden_states` or `logits`, `[rows, ...]`.
+    Gives `aux_hidden_states` `[tokens, 3*hidden]`, the distribution in the request's encoding, `target_probs`,
+    `last_hidden_states` or `logits`, `[rows, ...]`, and where the request has row facts `target_top_ids` and
+    `target_logsumexp` `[rows]`.
     """
     device = torch.device(runner.info.device)
     # A trainer's autocast must not reach the target: the supervision would differ from a server's.
@@ -105,6 +114,8 @@ def store_supervision(runner: TargetRunner, request: SupervisionRequest, forward
     hidden = forward.last_hidden_states.index_select(0, rows)
     if request.encoding == "hidden":
         sink.put("last_hidden_states", hidden)
+        if not request.has_row_facts:
+            return
     compute_logits: ComputeLogits = runner.compute_logits
     if forward.logits is not None:
         # The tiles are then tiles of row numbers: the target's own logits are looked up, not computed.

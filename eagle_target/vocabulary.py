@@ -69,10 +69,15 @@ class VocabMapping:
         """Bool `[vocab]`, the same as `selected_token_mask` (the EAGLE repository's file format)."""
         return self.selected_token_mask
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the draft has every target id, in any order."""
+        return self.draft_vocab_size == self.vocab_size
+
     @cached_property
     def is_identity(self) -> bool:
         """Whether the draft has every target id, in the target's order."""
-        return self.draft_vocab_size == self.vocab_size and not bool(self.d2t.any())
+        return self.is_whole and not bool(self.d2t.any())
 
     @cached_property
     def sha256(self) -> str:

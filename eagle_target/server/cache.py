@@ -38,7 +38,7 @@ class SequenceCache:
         """The key of each sequence of a request."""
         mapping = request.mapping.sha256 if request.mapping is not None and request.encoding == "probs" else None
         probs_dtype = request.probs_dtype if request.encoding == "probs" else None
-        common = repr((self._fingerprint, request.encoding, probs_dtype, mapping)).encode()
+        common = repr((self._fingerprint, request.encoding, request.has_row_facts, probs_dtype, mapping)).encode()
         keys = []
         starts = [0, *accumulate(request.seq_lens)]
         ids, wanted = request.input_ids.contiguous().numpy(), request.row_mask.contiguous().numpy()

@@ -293,7 +293,8 @@ class BigStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
 @pytest.mark.parametrize(("encoding", "width"), [("probs", 40), ("hidden", 40), ("logits", 211)])
 def test_the_distribution_is_in_memory_once(monkeypatch: pytest.MonkeyPatch, encoding: Encoding, width: int) -> None:
     # Neither heads nor hidden states are as large as the distribution of these rows; a tile is 4 of them.
-    monkeypatch.setattr(projection, "CPU_TILE_BYTES", 4 * 4 * width)
+    monkeypatch.setattr(projection, "CPU_HEAP_BYTES", 4 * 4 * width)
+    monkeypatch.setattr(projection, "CPU_TILE_ROWS", 1)
     runner, mapping = EmbeddingRunner(hidden_size=2), shuffled_mapping(211, 40)
     ids = torch.arange(200).view(2, 100)
     rows = read_trainer_rows(ids, torch.ones_like(ids), torch.ones_like(ids), vocab_size=211)

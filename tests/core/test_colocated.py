@@ -186,6 +186,15 @@ def test_hidden_states_keep_the_targets_dtype(encoding: Encoding) -> None:
         assert tensors["target_probs"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("mapping", [VocabMapping.identity(VOCAB), shuffled_mapping(VOCAB, VOCAB)], ids=repr)
+def test_a_draft_of_the_whole_vocabulary_gets_the_same_from_hidden_states(mapping: VocabMapping) -> None:
+    expected = target_of(mapping).generate_batch(*PADDED).tensors()
+    made = target_of(mapping, encoding="hidden").generate_batch(*PADDED).tensors()
+    assert made.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(made[name], tensor)
+
+
 def test_inputs_are_left_alone() -> None:
     copies = [tensor.clone() for tensor in PADDED]
     target_of().generate_batch(*PADDED)

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from eagle_target import projection
 from eagle_target.errors import ContractError
-from eagle_target.projection import Encoding, project_draft, project_full, tile_rows
+from eagle_target.projection import Encoding, RowFacts, project_draft, project_full, tile_rows
 from eagle_target.rows import PackedTensors, RowStore
 from eagle_target.runner import DraftHead
 from eagle_target.testing.tiny import shuffled_mapping
@@ -54,7 +54,8 @@ def project(
 
 
 def use_tiles_of(monkeypatch: pytest.MonkeyPatch, rows: int, vocab: int = VOCAB) -> None:
-    monkeypatch.setattr(projection, "CPU_TILE_BYTES", 4 * vocab * rows)
+    monkeypatch.setattr(projection, "CPU_HEAP_BYTES", 4 * vocab * rows)
+    monkeypatch.setattr(projection, "CPU_TILE_ROWS", 1)
     assert tile_rows(vocab, torch.device("cpu")) == rows
 
 
@@ -111,6 +112,8 @@ def test_a_tile_has_at_least_one_row() -> None:
     assert tile_rows(10**9, torch.device("cpu")) == 1
     assert tile_rows(10**9, torch.device("cuda")) == 1
     assert tile_rows(1 << 18, torch.device("cpu")) == 128
+    assert tile_rows(1 << 15, torch.device("cpu")) == 256
+    assert tile_rows(1 << 10, torch.device("cpu")) == 31 << 8
     assert tile_rows(1 << 18, torch.device("cuda", 3)) == 256
 
 
@@ -223,3 +226,27 @@ def test_head_of_another_width_is_refused(width: int) -> None:
         project(random(5, HIDDEN), lambda rows: torch.zeros(len(rows), width))
     with pytest.raises(ContractError, match=r"gave \[5\], expected"):
         project(random(5, HIDDEN), lambda rows: torch.zeros(len(rows)))
+
+
+@pytest.mark.parametrize("mapping", [IDENTITY, PERMUTED], ids=repr)
+def test_a_draft_of_the_whole_vocabulary_finds_the_row_facts_by_itself(
+    monkeypatch: pytest.MonkeyPatch, mapping: VocabMapping
+) -> None:
+    use_tiles_of(monkeypatch, 4)
+    hidden = random(23, HIDDEN, seed=2)
+    probs = RowStore(torch.empty(23, VOCAB))
+    facts = RowFacts(
+        RowStore(torch.empty(23, dtype=torch.int32)), RowStore(torch.empty(23)), mapping.selected_token_ids
+    )
+    project_draft(hidden, draft_rows(mapping), probs, facts)
+    expected = project(hidden, mapping=mapping)
+    assert torch.equal(facts.top_ids.out, expected["target_top_ids"])
+    torch.testing.assert_close(facts.logsumexp.out, expected["target_logsumexp"])
+    torch.testing.assert_close(probs.out, expected["target_probs"])
+
+
+def test_logsumexp_of_a_softmax_holds_for_logits_of_any_size() -> None:
+    for scale in (0.0, 1.0, 30.0, 3000.0):
+        logits = scale * random(7, VOCAB)
+        made = projection.logsumexp_of_softmax(logits, torch.softmax(logits, dim=-1), logits.argmax(dim=-1))
+        torch.testing.assert_close(made, logits.logsumexp(dim=-1))

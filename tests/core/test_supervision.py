@@ -129,6 +129,15 @@ def test_encodings_carry_what_they_say() -> None:
     assert not {"target_probs", "last_hidden_states"} & set(logits)
 
 
+def test_nothing_is_projected_for_a_trainer_that_projects_the_whole_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = request(encoding="hidden", mapping=shuffled_mapping(RUNNER.info.vocab_size, RUNNER.info.vocab_size))
+    expected = supervise(request(encoding="hidden"))
+    monkeypatch.setattr(EmbeddingRunner, "compute_logits", None)
+    made = supervise(whole)
+    assert set(made) == {"aux_hidden_states", "last_hidden_states"}
+    assert torch.equal(made["last_hidden_states"], expected["last_hidden_states"])
+
+
 @pytest.mark.parametrize("encoding", ["probs", "hidden", "logits"])
 def test_no_rows_asked_for_is_no_error(encoding: Encoding) -> None:
     made = supervise(request(row_mask=torch.zeros(7, dtype=torch.bool), encoding=encoding))

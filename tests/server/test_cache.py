@@ -10,6 +10,7 @@ import torch
 
 from eagle_target.testing.server import loopback_server
 from eagle_target.testing.tiny import EmbeddingRunner
+from eagle_target.vocabulary import VocabMapping
 from tests.server.cases import TestRunner, assert_same_tensors, engine, expected_of, held, mapping_of, request_of
 from tests.server.http import ask, body_of, put_mapping
 
@@ -27,6 +28,12 @@ def joined(*requests: SupervisionRequest) -> SupervisionRequest:
         seq_lens=tuple(length for request in requests for length in request.seq_lens),
         row_mask=torch.cat([request.row_mask for request in requests]),
     )
+
+
+def whole_vocabulary(request: SupervisionRequest) -> VocabMapping:
+    """For a trainer that projects it by itself."""
+    assert request.mapping is not None
+    return VocabMapping.identity(request.mapping.vocab_size)
 
 
 A, B, C = request_of([7], seed=1), request_of([4], seed=2), request_of([9], seed=3)
@@ -47,6 +54,7 @@ def test_other_values_are_computed() -> None:
     request = joined(A, B)
     others = [
         replace(request, encoding="hidden"),
+        replace(request, encoding="hidden", mapping=whole_vocabulary(request)),
         replace(request, mapping=mapping_of(5)),
         replace(request, probs_dtype=torch.bfloat16),
         replace(request, row_mask=~request.row_mask),
@@ -56,7 +64,7 @@ def test_other_values_are_computed() -> None:
     with engine(lambda: runner, cache_bytes=LARGE) as server:
         for asked in (request, *others):
             assert_same_tensors(server.submit(asked).result(30).tensors, expected_of(asked))
-    assert len(runner.forwards) == 6
+    assert len(runner.forwards) == 7
 
 
 def test_the_mapping_matters_only_where_it_decides_values() -> None:
@@ -130,6 +138,6 @@ def test_over_http_with_metrics() -> None:
         for answer in answers:
             assert_same_tensors(answer.tensors()[0], expected_of(joined(A, B)))
         text = ask(server.url, "GET", "/metrics").body.decode()
-        assert "eagle_target_cache_hits_total 2.0" in text
-        assert "eagle_target_cache_misses_total 2.0" in text
+        assert "eagle_target_cache_hit_sequences_total 2.0" in text
+        assert "eagle_target_cache_missed_sequences_total 2.0" in text
         assert "eagle_target_cache_bytes 0" not in text

@@ -68,4 +68,5 @@ def test_bytes_of_a_known_model() -> None:
     assert row_bytes(info, "probs", draft_vocab_size=32_000) == 128_000 + 8
     assert row_bytes(info, "probs", draft_vocab_size=32_000, probs_dtype=torch.bfloat16) == 64_000 + 8
     assert row_bytes(info, "hidden", draft_vocab_size=32_000) == 8_192 + 8
+    assert row_bytes(info, "hidden", draft_vocab_size=128_256) == 8_192
     assert row_bytes(info, "logits", draft_vocab_size=0) == 4 * 128_256 + 8

@@ -12,6 +12,7 @@ from eagle_target_hf.architecture import find_architecture
 from eagle_target_hf.batching import plan_batches
 from eagle_target_hf.execution import run_batches
 from eagle_target_hf.failures import engine_call
+from eagle_target_hf.memory import ForwardMemory
 from eagle_target_hf.options import DEFAULT_MAX_BATCH_TOKENS
 from eagle_target_hf.probe import Proven, prove
 
@@ -57,6 +58,7 @@ class HFTargetRunner:
         self._proven: Proven | None = proven
         self._device = device
         self._max_batch_tokens = max_batch_tokens
+        self._memory = ForwardMemory(device)
         self._aux_layer_ids: tuple[int, ...] = ()
         self.computed_tokens = 0
         self._info = TargetInfo(
@@ -108,9 +110,15 @@ class HFTargetRunner:
                 length_boundary=execution.architecture.length_boundary,
             )
             ids = input_ids.to(self._device)
-            forward = run_batches(execution, ids, batches, aux_layer_ids=self._aux_layer_ids)
+            # Batches of one call follow each other: memory is that of the largest, and of all their states.
+            with self._memory.measuring(len(ids)):
+                forward = run_batches(execution, ids, batches, aux_layer_ids=self._aux_layer_ids)
         self.computed_tokens += sum(batch.rows * batch.width for batch in batches)
         return forward
+
+    def token_capacity(self) -> int | None:
+        """See `CapacityRunner`; on CUDA, once a forward has been measured."""
+        return self._memory.token_capacity()
 
     def compute_logits(self, last_hidden_states: torch.Tensor) -> torch.Tensor:
         """See `TargetRunner.compute_logits`.

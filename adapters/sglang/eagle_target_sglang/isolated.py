@@ -111,6 +111,10 @@ class IsolatedTargetRunner:
         _, given = self._group.call({"command": "logits"}, {"hidden": last_hidden_states})
         return given["logits"]
 
+    def token_capacity(self) -> int | None:
+        """See `CapacityRunner`: one prefill fills the KV pool at most; more would be several."""
+        return self.limits.tokens
+
     def input_embedding_weight(self) -> torch.Tensor:
         """See `TargetRunner.input_embedding_weight`; a copy."""
         _, given = self._group.call({"command": "embedding"})

@@ -99,6 +99,10 @@ class SGLangTargetRunner:
         with self._engine("the target's head"):
             return self._head.compute_logits(last_hidden_states.to(self._device))
 
+    def token_capacity(self) -> int | None:
+        """See `CapacityRunner`: one prefill fills the KV pool at most; more would be several."""
+        return self.limits.tokens
+
     def input_embedding_weight(self) -> torch.Tensor:
         """See `TargetRunner.input_embedding_weight`."""
         model_runner = self._open()

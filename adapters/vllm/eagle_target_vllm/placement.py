@@ -20,9 +20,10 @@ def place_supervision(
     dtype = getattr(torch, info.dtype)
     slots = [
         layout.add("aux_hidden_states", (request.tokens, 3 * info.hidden_size), dtype),
-        layout.add("target_top_ids", (rows,), torch.int32),
-        layout.add("target_logsumexp", (rows,), torch.float32),
     ]
+    if request.has_row_facts:
+        slots.append(layout.add("target_top_ids", (rows,), torch.int32))
+        slots.append(layout.add("target_logsumexp", (rows,), torch.float32))
     if request.encoding == "hidden":
         slots.append(layout.add("last_hidden_states", (rows, info.hidden_size), dtype))
     elif request.encoding == "logits":
@@ -47,6 +48,7 @@ def describe_request(request: SupervisionRequest, slots: list[Slot] | None) -> d
         "lengths": list(request.seq_lens),
         "rows": request.row_mask.cpu().numpy().tobytes(),
         "encoding": request.encoding,
+        "has_row_facts": request.has_row_facts,
         "mapping": None if request.mapping is None else request.mapping.sha256,
         "probs_dtype": str(request.probs_dtype).removeprefix("torch."),
         "slots": None if slots is None else [slot.plain() for slot in slots],
@@ -59,6 +61,7 @@ def describe_forward(seq_lens: list[int], slots: list[Slot]) -> dict[str, Any]:
         "lengths": seq_lens,
         "rows": bytes(sum(seq_lens)),
         "encoding": "states",
+        "has_row_facts": False,
         "mapping": None,
         "probs_dtype": "float32",
         "slots": [slot.plain() for slot in slots],

@@ -46,13 +46,14 @@ class Job:
     """One request of a forward, in a worker.
 
     aux: `[tokens, 3*hidden]`, on the first rank. last: `[tokens, hidden]`. rows: int64, which of them are projected.
-    encoding: as of the request, or `states` for the hidden states themselves.
+    encoding, has_row_facts: as of the request; encoding `states` is for the hidden states themselves.
     """
 
     aux: torch.Tensor | None
     last: torch.Tensor
     rows: torch.Tensor
     encoding: str
+    has_row_facts: bool
     mapping: VocabMapping | None
     probs_dtype: torch.dtype
     sink: Sink | None
@@ -226,6 +227,7 @@ class TargetWorker:
             last=torch.empty(tokens, self._hidden_size, dtype=self._dtype, device=self._device),
             rows=rows.to(self._device),
             encoding=plain["encoding"],
+            has_row_facts=plain["has_row_facts"],
             mapping=None if plain["mapping"] is None else self._mappings[plain["mapping"]],
             probs_dtype=getattr(torch, plain["probs_dtype"]),
             sink=sink if self._is_first else None,
@@ -239,13 +241,15 @@ class TargetWorker:
                 job.sink.put("last_hidden_states", job.last)
             return
         hidden = job.last.index_select(0, job.rows)
+        if job.sink is not None and job.encoding == "hidden":
+            job.sink.put("last_hidden_states", hidden)
+        if not job.has_row_facts:
+            return
         if job.sink is None:
             # Without rows `project_full` still asks for the dtype of logits.
             for _ in self._tiles(hidden, at_least_once=job.encoding == "logits"):
                 pass
             return
-        if job.encoding == "hidden":
-            job.sink.put("last_hidden_states", hidden)
         project_full(
             hidden,
             self._model.compute_logits,
