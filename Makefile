@@ -3,8 +3,10 @@
 #
 # TORCH_INDEX_URL   extra package index with CPU builds of torch (see README.md)
 # PYTHON            interpreter that makes the environment, 3.11 or newer
+# FUZZ_SECONDS      how long make fuzz goes on
 
 PYTHON ?= python3
+FUZZ_SECONDS ?= 300
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -20,12 +22,12 @@ export UV_INDEX_STRATEGY := unsafe-best-match
 endif
 
 .PHONY: help env demo test test-core test-vllm test-sglang test-engines lint docs bench-wire bench-projection bench-transports \
-	bench-vllm bench-vllm-layouts bench-sglang bench-server soak clean
+	bench-vllm bench-vllm-layouts bench-sglang bench-server soak fuzz faults clean
 
 help:
 	@sed -n 's/^# //p' Makefile
 	@echo "targets: env demo test test-core test-vllm test-sglang test-engines lint docs bench-wire bench-projection"
-	@echo "         bench-transports bench-vllm bench-vllm-layouts bench-sglang bench-server soak clean"
+	@echo "         bench-transports bench-vllm bench-vllm-layouts bench-sglang bench-server soak fuzz faults clean"
 
 env: $(READY)
 
@@ -101,6 +103,12 @@ bench-server: $(READY)
 
 soak: $(READY)
 	$(BIN)/python -m benchmarks.soak
+
+fuzz: $(READY)
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
+
+faults: $(READY)
+	$(BIN)/python -m benchmarks.faults --write
 
 clean:
 	rm -rf $(VENV) $(VLLM) $(SGLANG) $(OLD_SGLANG) .bench .demo .mypy_cache .ruff_cache .pytest_cache

@@ -84,13 +84,34 @@ class ServerConfig(BaseModel):
     max_connections: int = Field(default=1024, ge=1, description="Connections at a time; one more is answered 503.")
     max_channels: int = Field(default=256, ge=1, description="Open channels of all transports.")
     channel_lease: float = Field(
-        default=30.0, gt=0, description="Seconds after which the channel of a client that is silent is closed."
+        default=30.0, gt=0, description="Seconds of silence after which a client is gone, and its channels are closed."
+    )
+    on_engine_failure: Literal["restart", "exit"] = Field(
+        default="restart", description="What follows when an engine that has served dies; see docs/life.md."
+    )
+    max_restarts: int = Field(
+        default=5, ge=1, description="Restarts of the engine within an hour; then the process exits."
+    )
+    forward_timeout: float = Field(
+        default=600.0,
+        ge=0,
+        description="Seconds a forward, or another call of the engine, may take until the process exits; 0 for any "
+        "number.",
+    )
+    exit_when_idle: float | None = Field(
+        default=None, gt=0, description="Seconds without a client and without a request after which the server drains."
+    )
+    exit_on_disconnect: bool = Field(
+        default=False, description="Drain when the only client is gone; off once a second one is connected."
     )
     headers_timeout: float = Field(default=30.0, gt=0, description="Seconds a client may take to send its headers.")
     body_timeout: float = Field(default=30.0, gt=0, description="Seconds a client may take to send a body.")
     send_timeout: float = Field(default=60.0, gt=0, description="Seconds a client may stop reading an answer.")
     drain_timeout: float = Field(default=60.0, gt=0, description="Seconds SIGTERM waits for requests under way.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Least level logged.")
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="Form of the log on stderr: a line of text for each event, or a JSON object."
+    )
 
     @field_validator("transports", mode="before")
     @classmethod
@@ -145,7 +166,22 @@ class ClientConfig(BaseModel):
     vocab_mapping: Path | None = Field(default=None, description="File with the vocabulary mapping.")
     timeout: float = Field(default=120.0, gt=0, description="Seconds one attempt may take.")
     max_retries: int = Field(default=3, ge=0, description="Further attempts after a failed one.")
+    retry_timeout: float = Field(
+        default=60.0,
+        ge=0,
+        description="Seconds from its first failure for which a batch is asked for beyond `max_retries`, while no "
+        "server can be reached.",
+    )
+    hedge_after: float | None = Field(
+        default=None,
+        gt=0,
+        description="Seconds after which a batch that is not there is also asked for on another server that has less "
+        "to do; default never.",
+    )
     ready_timeout: float = Field(default=600.0, ge=0, description="Seconds to wait for servers that are still loading.")
+    min_servers: int | None = Field(
+        default=None, ge=1, description="Servers that must be ready and alike to begin with; default all."
+    )
 
     @field_validator("urls", mode="before")
     @classmethod
@@ -205,7 +241,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the settings file {path}: {error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # Also of a date that is none, a number of thousands of digits, and lists in lists without end.
         raise ConfigError(f"{path} is not YAML: {error}") from error
     if values is None:
         return {}

@@ -6,6 +6,8 @@ EagleTargetError
 │   └── VocabMappingError  a vocabulary mapping is invalid, missing or unknown to the server
 ├── PluginError            a plugin is broken, duplicated or not installed
 │   ├── AdapterError       an engine failed or cannot do what was asked
+│   │   ├── EngineDead         it is gone: nothing it is asked from now on can go well
+│   │   └── EngineStuck        a call of it does not return
 │   └── TransportError     tensors could not be moved
 │       ├── ConnectError       no connection to a server
 │       │   └── TransportRefused   the server is there, but no transport asked for works with it
@@ -20,9 +22,17 @@ EagleTargetError
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 
 class EagleTargetError(Exception):
-    """Base of every error raised by eagle-target."""
+    """Base of every error raised by eagle-target.
+
+    Attributes:
+        exit_status: of a command that it ends.
+    """
+
+    exit_status: ClassVar[int] = 1
 
 
 class ConfigError(EagleTargetError):
@@ -43,6 +53,18 @@ class PluginError(EagleTargetError):
 
 class AdapterError(PluginError):
     """An engine failed or cannot do what was asked."""
+
+
+class EngineDead(AdapterError):
+    """The engine is gone: nothing it is asked from now on can go well."""
+
+    exit_status = 3
+
+
+class EngineStuck(AdapterError):
+    """A call of the engine does not return."""
+
+    exit_status = 4
 
 
 class TransportError(PluginError):

@@ -37,15 +37,20 @@ TIMINGS = "Server-Timing"
 HEALTH = "/health"
 READY = "/ready"
 METRICS = "/metrics"
+STATUS = "/"
 TARGET = "/v1/target"
 INPUT_EMBEDDINGS = "/v1/target/input_embeddings"
 LM_HEAD = "/v1/target/lm_head"
 VOCAB_MAPPINGS = "/v1/vocab-mappings"
 SUPERVISION = "/v1/supervision"
 TRANSPORTS = "/v1/transports"
+CLIENTS = "/v1/clients"
 
 # The only checksum there is: what a request asks for, and the start of what its answer says.
 CHECKSUM_NAME = "xxh3_64"
+
+# Of a count in a header: what is longer is no count, and python takes long to read it.
+MAX_COUNT_DIGITS = 20
 
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in PROBS_DTYPES}
 
@@ -113,6 +118,11 @@ def read_json_object(body: bytes, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ProtocolError(f"{what} is not a JSON object")
     return value
+
+
+def read_count(text: str) -> int | None:
+    """A number of bytes or seconds in a header; None where there is none that a peer could mean."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= MAX_COUNT_DIGITS else None
 
 
 def _refuse_constant(name: str) -> None:

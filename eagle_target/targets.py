@@ -110,6 +110,9 @@ def open_target(config: ClientConfig) -> Eagle3TargetBackend:
             transport_options=config.transport_options,
             timeout=config.timeout,
             max_retries=config.max_retries,
+            retry_timeout=config.retry_timeout,
+            min_servers=config.min_servers,
+            hedge_after=config.hedge_after,
             ready_timeout=config.ready_timeout,
             **target_options,
         )

@@ -7,11 +7,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 pytest_plugins = ["eagle_target.testing.fixtures"]
+
+# The same random cases every time, and no deadline: other work may share the machine. `--hypothesis-profile long` has
+# more of them, and others each time.
+settings.register_profile("eagle-target", deadline=None, derandomize=True, database=None, max_examples=30)
+settings.register_profile("long", deadline=None, database=None, max_examples=500)
+settings.load_profile("eagle-target")
 
 # A distribution of its own: tests/adapters/test_thirdparty.py installs it and runs its tests.
 collect_ignore = ["thirdparty"]

@@ -12,6 +12,7 @@ from eagle_target.errors import BenchmarkError, EagleTargetError
 
 if TYPE_CHECKING:
     from eagle_target.bench.loop import Inputs
+    from eagle_target.client.access import AccessFiles
 
 TIMEOUT_SECONDS = 300.0
 
@@ -25,7 +26,14 @@ class Client:
         self._inputs: Inputs = ()
 
     def connect(
-        self, url: str, transport: str, encoding: Any, workload: dict[str, Any], seed: int, device: str = "cpu"
+        self,
+        url: str,
+        transport: str,
+        encoding: Any,
+        workload: dict[str, Any],
+        seed: int,
+        device: str = "cpu",
+        access: AccessFiles | None = None,
     ) -> dict[str, Any]:
         """Connect and take a batch to warm up; answers `error` where that does not work."""
         self.disconnect()
@@ -33,7 +41,12 @@ class Client:
         self._workload = Workload(**workload)
         try:
             self._target = RemoteEagle3TargetModel.from_urls(
-                [url], transport=transport, encoding=encoding, device=device, timeout=TIMEOUT_SECONDS
+                [url],
+                transport=transport,
+                encoding=encoding,
+                device=device,
+                timeout=TIMEOUT_SECONDS,
+                **(access or {}),
             )
             facts = self._target.model_info()
             self._inputs = self._workload.make_inputs(int(facts["vocab_size"]), seed)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from eagle_target.bench.server_memory import ServerMemory
     from eagle_target.bench.workload import Workload
+    from eagle_target.client.access import AccessFiles
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ class Measurement:
 
     Args:
         workers: client processes, as many as the largest cell has clients. workload: what they ask for.
-        device: where their batches go. report: told of each step.
+        device: where their batches go. access: how they show who they are. report: told of each step.
     """
 
     def __init__(
@@ -117,11 +118,13 @@ class Measurement:
         workload: Workload,
         *,
         device: str = "cpu",
+        access: AccessFiles | None = None,
         report: Callable[[str], None] = logger.info,
     ) -> None:
         self._workers = workers
         self._workload = workload
         self._device = device
+        self._access = dict(access or {})
         self._report = report
 
     def run(self, cells: Sequence[Cell], *, rounds: int, seconds: float) -> None:
@@ -178,6 +181,7 @@ class Measurement:
             workload=self._workload.to_json(),
             seed=seed,
             device=self._device,
+            access=self._access,
         )
 
 

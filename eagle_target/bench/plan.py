@@ -11,6 +11,7 @@ from eagle_target.bench.measuring import Cell, Endpoint, Measurement, make_cells
 from eagle_target.bench.processes import Worker
 from eagle_target.bench.server_memory import MetricsMemory, ProcessMemory
 from eagle_target.bench.verifying import compare_servers
+from eagle_target.client.access import AccessFiles, open_access
 from eagle_target.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class Plan:
     targets: URLs of servers, by name. launches: interpreters of engines' environments, by engine.
     model: what launched servers serve. launch_options: `key=value` of their adapters, by engine.
     rounds, seconds: of each combination. has_parity: whether further targets are compared with the first.
+    access: how clients show who they are to the targets.
 
     Raises:
         ConfigError: nothing to measure, a name twice, or servers to start without a model.
@@ -45,6 +47,7 @@ class Plan:
     seconds: float = 3.0
     device: str = "cpu"
     has_parity: bool = True
+    access: AccessFiles = field(default_factory=AccessFiles)
 
     def __post_init__(self) -> None:
         if not self.targets and not self.launches:
@@ -69,10 +72,13 @@ def run_plan(plan: Plan, workload: Workload, report: Callable[[str], None]) -> t
 
     Raises:
         BenchmarkError: a server could not be started, or a client process is gone.
+        ConfigError: a file of `access` cannot be used.
     """
+    access = open_access(**plan.access)
     with ExitStack() as running:
         endpoints = [
-            Endpoint(name, url.rstrip("/"), MetricsMemory(url.rstrip("/"))) for name, url in plan.targets.items()
+            Endpoint(name, url.rstrip("/"), MetricsMemory(url.rstrip("/"), access))
+            for name, url in plan.targets.items()
         ]
         for engine, python in plan.launches.items():
             report(f"starting {engine}")
@@ -82,13 +88,13 @@ def run_plan(plan: Plan, workload: Workload, report: Callable[[str], None]) -> t
             endpoints.append(Endpoint(engine, server.url, ProcessMemory(server.process.pid)))
         workers = [running.enter_context(Worker(CLIENT)) for _ in range(max(plan.clients))]
         cells = make_cells(endpoints, plan.transports, plan.encodings, plan.clients, plan.depths)
-        measurement = Measurement(workers, workload, device=plan.device, report=report)
+        measurement = Measurement(workers, workload, device=plan.device, access=plan.access, report=report)
         measurement.run(cells, rounds=plan.rounds, seconds=plan.seconds)
         parity: list[dict[str, Any]] = []
         if plan.has_parity and len(endpoints) > 1:
             report("comparing what they give")
             urls = [endpoint.url for endpoint in endpoints]
-            parity = compare_servers(urls, transport="wire", draft_vocab=workload.draft_vocab)
+            parity = compare_servers(urls, transport="wire", draft_vocab=workload.draft_vocab, access=plan.access)
             for result, endpoint in zip(parity, endpoints[1:], strict=True):
                 result |= {"target": endpoint.name, "reference_target": endpoints[0].name}
     return cells, parity

@@ -10,7 +10,7 @@ import urllib3
 
 from eagle_target import protocol
 from eagle_target.bench.processes import CLEAR_PEAK, MB, read_status
-from eagle_target.client.access import open_access
+from eagle_target.client.access import Access, open_access
 
 SAMPLE_SECONDS = 0.2
 METRIC = "process_resident_memory_bytes"
@@ -57,8 +57,9 @@ class MetricsMemory:
 
     source = protocol.METRICS
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, access: Access | None = None) -> None:
         self._url = url
+        self._access = access
         self._peak: float | None = None
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -78,7 +79,7 @@ class MetricsMemory:
         return self._peak
 
     def _watch(self) -> None:
-        access = open_access()
+        access = self._access or open_access()
         with urllib3.PoolManager(timeout=2.0, retries=False, headers=access.headers(), ssl_context=access.tls) as http:
             while True:
                 seen = read_metric(http, self._url, METRIC)

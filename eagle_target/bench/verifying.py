@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from eagle_target.backend import Eagle3TargetBackend
     from eagle_target.bench.parity import Tolerances
+    from eagle_target.client.access import AccessFiles
     from eagle_target.vocabulary import VocabMapping
 
     Rows = tuple[torch.Tensor, torch.Tensor]
@@ -130,22 +131,24 @@ def _chunks(rows: Rows, draft_vocab: int) -> Iterator[tuple[int, torch.Tensor, t
         yield first, input_ids[part, :width], attention[part, :width]
 
 
-def compare_servers(urls: Sequence[str], *, transport: str, draft_vocab: int | None) -> list[dict[str, Any]]:
+def compare_servers(
+    urls: Sequence[str], *, transport: str, draft_vocab: int | None, access: AccessFiles | None = None
+) -> list[dict[str, Any]]:
     """Compare each further server with the first; what could not be compared has `error`."""
     from eagle_target.bench.parity import default_tolerances
     from eagle_target.client.remote import RemoteEagle3TargetModel
     from eagle_target.errors import EagleTargetError
 
+    def connect(url: str) -> RemoteEagle3TargetModel:
+        return RemoteEagle3TargetModel.from_urls(
+            [url], encoding="probs", rows="all", transport=transport, **(access or {})
+        )
+
     results: list[dict[str, Any]] = []
     for url in urls[1:]:
         pair = {"url": url, "reference": urls[0]}
         try:
-            with (
-                RemoteEagle3TargetModel.from_urls([url], encoding="probs", rows="all", transport=transport) as target,
-                RemoteEagle3TargetModel.from_urls(
-                    [urls[0]], encoding="probs", rows="all", transport=transport
-                ) as other,
-            ):
+            with connect(url) as target, connect(urls[0]) as other:
                 facts, other_facts = target.model_info(), other.model_info()
                 tolerances = default_tolerances(facts["dtype"], other_facts["dtype"])
                 vocab_size = int(facts["vocab_size"])

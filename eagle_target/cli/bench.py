@@ -6,10 +6,11 @@ import json
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
+from eagle_target.cli.settings import ACCESS, access_flags
 from eagle_target.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from eagle_target.bench.measuring import Cell
     from eagle_target.bench.workload import Workload
+    from eagle_target.client.access import AccessFiles
 
 
 @click.command()
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 @click.option("--draft-vocab", type=int, help="Ids of the draft, random ones. [default: 32000, or all if fewer]")
 @click.option("--loss-ratio", type=float, default=0.5, show_default=True, help="Share of real tokens that bear loss.")
 @click.option("--pad-ratio", type=float, default=0.0, show_default=True, help="Share of tokens that are pads.")
+@access_flags
 @click.option("--rounds", type=int, default=3, show_default=True, help="Times each combination is measured.")
 @click.option("--seconds", type=float, default=3.0, show_default=True, help="How long, each time.")
 @click.option("--device", default="cpu", show_default=True, help="Where the clients' batches go.")
@@ -82,6 +85,8 @@ def bench(
     from eagle_target.bench.report import advice_lines, rates_of, to_json
     from eagle_target.bench.workload import Workload
 
+    # As text: client processes are told over a pipe.
+    access = {name: str(path) for name in ACCESS if (path := work.pop(name)) is not None}
     workload = Workload(**work)
     if show_bytes:
         _show_bytes(workload, json_path)
@@ -102,6 +107,7 @@ def bench(
         seconds=seconds,
         device=device,
         has_parity=parity,
+        access=cast("AccessFiles", access),
     )
     signal.signal(signal.SIGTERM, _end)
     cells, compared = run_plan(plan, workload, lambda text: click.echo(text, err=True))

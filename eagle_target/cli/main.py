@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 
 import click
@@ -12,7 +14,7 @@ from eagle_target.cli.serve import serve
 from eagle_target.cli.supervise import supervise
 from eagle_target.cli.verify import verify
 from eagle_target.cli.vocab import vocab
-from eagle_target.errors import EagleTargetError
+from eagle_target.errors import EagleTargetError, EngineStuck
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -31,11 +33,17 @@ cli.add_command(vocab)
 
 
 def main() -> None:
-    """Run the command; an error of ours ends it with status 1 and one line."""
+    """Run the command; an error of ours ends it with its status and one line."""
     try:
         cli()
     except EagleTargetError as error:
         if "--debug" in sys.argv[1:]:
             raise
         click.echo(f"error: {error}", err=True)
-        sys.exit(1)
+        if isinstance(error, EngineStuck):
+            # An interpreter that ends in order may wait for what the stuck thread holds, a device for one.
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(error.exit_status)
+        sys.exit(error.exit_status)

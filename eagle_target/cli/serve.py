@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,12 +46,10 @@ def serve(
     if print_config:
         click.echo(dump_config(filled), nl=False)
         return
+    from eagle_target.server.logs import configure_logging
     from eagle_target.server.serve import HttpServer
 
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
-    )
-    logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLogger().level))
+    configure_logging(settings.log_format, settings.log_level)
     HttpServer(settings).run()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import click
 
@@ -13,6 +13,8 @@ from eagle_target.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
+
+    from eagle_target.client.access import AccessFiles
 
 
 @click.command()
@@ -42,7 +44,7 @@ def supervise(
     rows: Any,
     transport: str,
     timeout: float,
-    **access: Path | None,
+    **access: Unpack[AccessFiles],
 ) -> None:
     """Ask for the supervision of one batch and write it to a file."""
     from safetensors import SafetensorError
@@ -59,7 +61,7 @@ def supervise(
         transport=transport,
         timeout=timeout,
         ready_timeout=timeout,
-        **access,  # type: ignore[arg-type]
+        **access,
     ) as target:
         info = target.model_info()
         mapping = (

@@ -14,6 +14,7 @@ from eagle_target.errors import ConfigError
 
 if TYPE_CHECKING:
     from eagle_target.backend import Eagle3TargetBackend
+    from eagle_target.client.access import AccessFiles
     from eagle_target.vocabulary import VocabMapping
 
 TOLERANCES = {
@@ -93,7 +94,12 @@ def verify(
 
     changes = {name.removesuffix("_tolerance"): value for name, value in given.items()}
     rows = None if tokens is None else read_rows(tokens)[:2]
-    access = {"token_file": token_file, "ca_file": ca_file, "client_cert": client_cert, "client_key": client_key}
+    access: AccessFiles = {
+        "token_file": token_file,
+        "ca_file": ca_file,
+        "client_cert": client_cert,
+        "client_key": client_key,
+    }
     with _connect(url, transport, access) as target:
         facts = target.model_info()
         with _open_reference(reference, model, engine_option, transport, facts, access) as other:
@@ -123,10 +129,10 @@ def verify(
         sys.exit(1)
 
 
-def _connect(url: str, transport: str, access: dict[str, Path | None]) -> Eagle3TargetBackend:
+def _connect(url: str, transport: str, access: AccessFiles) -> Eagle3TargetBackend:
     from eagle_target.client.remote import RemoteEagle3TargetModel
 
-    return RemoteEagle3TargetModel.from_urls([url], encoding="probs", rows="all", transport=transport, **access)  # type: ignore[arg-type]
+    return RemoteEagle3TargetModel.from_urls([url], encoding="probs", rows="all", transport=transport, **access)
 
 
 def _open_reference(
@@ -135,7 +141,7 @@ def _open_reference(
     options: tuple[str, ...],
     transport: str,
     facts: dict[str, Any],
-    access: dict[str, Path | None],
+    access: AccessFiles,
 ) -> Eagle3TargetBackend:
     """Another server, or an engine in this process with the server's layers, dtype and, if none is named, model."""
     from eagle_target.options import parse_assignments

@@ -6,7 +6,7 @@ import os
 import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from eagle_target.config import ClientConfig, read_environment
 from eagle_target.errors import ConfigError
@@ -16,6 +16,15 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 FIELDS = ("token", "token_file", "ca_file", "client_cert", "client_key")
+
+
+class AccessFiles(TypedDict, total=False):
+    """The files of a client's settings, as `open_access` and `from_urls` take them."""
+
+    token_file: Path | str | None
+    ca_file: Path | str | None
+    client_cert: Path | str | None
+    client_key: Path | str | None
 
 
 @dataclass(frozen=True, slots=True)

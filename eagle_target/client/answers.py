@@ -17,7 +17,7 @@ from eagle_target.errors import (
     Unavailable,
     VocabMappingError,
 )
-from eagle_target.protocol import PROBLEM_URN
+from eagle_target.protocol import PROBLEM_URN, read_count
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -52,12 +52,11 @@ def error_of(url: str, status: int, headers: Mapping[str, str], body: bytes) -> 
         document = json.loads(body)
         name = str(document["type"]).removeprefix(PROBLEM_URN)
         detail = str(document["detail"])
-    except (ValueError, KeyError, TypeError):
-        name, detail = "http", body[:200].decode("utf-8", "replace") or "no body"
+    except (ValueError, KeyError, TypeError, RecursionError):
+        name, detail = "http", f"status {status}: {body[:200].decode('utf-8', 'replace') or 'no body'}"
     message = f"{url}: {detail}"
     if name in PLAIN_ERRORS:
         return PLAIN_ERRORS[name](message)
-    retry_after = headers.get("Retry-After", "")
+    retry_after = read_count(headers.get("Retry-After", ""))
     kind = SERVER_ERRORS.get(name, Unavailable if status in (502, 503, 504) else ServerError)
-    seconds = float(retry_after) if retry_after.isdecimal() else None
-    return kind(message, status=status, problem=name, retry_after=seconds)
+    return kind(message, status=status, problem=name, retry_after=None if retry_after is None else float(retry_after))

@@ -7,7 +7,15 @@ import sys
 import time
 from typing import TYPE_CHECKING, Literal
 
-from eagle_target.errors import ConnectError, ContractError, TransferTimeout, TransportRefused, Unavailable
+from eagle_target.errors import (
+    ConfigError,
+    ConnectError,
+    ContractError,
+    EagleTargetError,
+    TransferTimeout,
+    TransportRefused,
+    Unavailable,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,39 +30,82 @@ REPORT_SECONDS = 10.0
 HOPELESS_PROBLEMS = ("failed", "closed")
 
 
-def wait_for_handshakes(peers: Sequence[Peer], ready_timeout: float) -> None:
-    """Shake hands with every server, waiting for those that are loading or not up yet.
+def connect_servers(
+    peers: Sequence[Peer], encoding: Encoding | Literal["auto"], *, ready_timeout: float, min_servers: int | None
+) -> tuple[Encoding, dict[Peer, EagleTargetError]]:
+    """Shake hands with servers; returns the encoding to ask for, and why each server is left out that is.
+
+    Those left out are used once they serve what the first of the others serves.
+
+    Args:
+        peers: the servers. encoding: `auto` for the best that all can give.
+        ready_timeout: seconds to wait. min_servers: how many must be ready and alike; None for all.
+
+    Raises:
+        ConfigError: `min_servers` is no number of these servers.
+        ConnectError: too few are ready in time. ContractError: too few serve the same.
+    """
+    needed = len(peers) if min_servers is None else min_servers
+    if not 1 <= needed <= len(peers):
+        raise ConfigError(f"min_servers must be 1 to {len(peers)}, got {min_servers}")
+    left_out = wait_for_handshakes(peers, ready_timeout, needed)
+    ready = [peer for peer in peers if peer not in left_out]
+    for peer in ready[1:]:
+        try:
+            check_alike(ready[0], peer)
+        except ContractError as error:
+            if len(peers) - len(left_out) <= needed:
+                raise
+            left_out[peer] = error
+    chosen = choose_encoding([peer for peer in ready if peer not in left_out], encoding)
+    for peer, reason in left_out.items():
+        logger.warning("%s is left out for now: %s", peer.url, reason)
+        peer.follow(ready[0].handshake)
+    return chosen, left_out
+
+
+def wait_for_handshakes(peers: Sequence[Peer], ready_timeout: float, needed: int) -> dict[Peer, EagleTargetError]:
+    """Shake hands with servers until so many are ready, waiting for those that are loading or not up yet.
 
     On a terminal a line says what is waited for; elsewhere the log does, every ten seconds.
 
+    Returns:
+        why each of the others is not.
+
     Raises:
-        ConnectError: a server is not ready in time, with the last reason, or it failed to load.
+        ConnectError: too few are ready in time, with the last reasons, or one of all failed to load.
         TransportRefused: a server is ready, but no transport asked for works with it.
     """
     started = time.monotonic()
     report = _Report(started)
-    waiting = dict.fromkeys(peers, "")
-    while waiting:
-        asked = {peer: _reason_to_wait(peer) for peer in waiting}
-        waiting = {peer: reason for peer, reason in asked.items() if reason is not None}
-        if waiting and time.monotonic() - started >= ready_timeout:
-            raise ConnectError(f"not ready after {ready_timeout:g} s: " + "; ".join(waiting.values()))
-        if waiting:
-            report.show(waiting)
-            time.sleep(min(POLL_SECONDS, ready_timeout))
+    waiting: dict[Peer, EagleTargetError] = {}
+    remaining = list(peers)
+    while remaining:
+        reasons = {peer: _reason_to_wait(peer, is_needed=needed == len(peers)) for peer in remaining}
+        waiting = {peer: reason for peer, reason in reasons.items() if reason is not None}
+        remaining = list(waiting)
+        if len(peers) - len(waiting) >= needed:
+            break
+        if time.monotonic() - started >= ready_timeout:
+            raise ConnectError(f"not ready after {ready_timeout:g} s: " + "; ".join(map(str, waiting.values())))
+        report.show(waiting)
+        time.sleep(min(POLL_SECONDS, ready_timeout))
     report.clear()
+    return waiting
 
 
-def _reason_to_wait(peer: Peer) -> str | None:
-    """Shake hands; why that has to be tried again, or None when it is done."""
+def _reason_to_wait(peer: Peer, *, is_needed: bool) -> EagleTargetError | None:
+    """Shake hands; why that has to be tried again, or None when it is done. The hopeless is raised if it matters."""
     try:
         peer.shake_hands()
-    except TransportRefused:
-        raise
-    except (ConnectError, TransferTimeout, Unavailable) as error:
+    except EagleTargetError as error:
+        if not is_needed:
+            return error
         if isinstance(error, Unavailable) and error.problem in HOPELESS_PROBLEMS:
             raise ConnectError(f"cannot use {peer.url}: {error}") from error
-        return str(error)
+        if isinstance(error, TransportRefused) or not isinstance(error, ConnectError | TransferTimeout | Unavailable):
+            raise
+        return error
     return None
 
 
@@ -65,7 +116,7 @@ class _Report:
         self._started = self._logged = started
         self._with_line = sys.stderr.isatty()
 
-    def show(self, waiting: Mapping[Peer, str]) -> None:
+    def show(self, waiting: Mapping[Peer, EagleTargetError]) -> None:
         """Tell who is waited for, and in the log why."""
         now = time.monotonic()
         if self._with_line:
@@ -74,7 +125,7 @@ class _Report:
             sys.stderr.flush()
         elif now - self._logged >= REPORT_SECONDS:
             self._logged = now
-            logger.info("waiting for %s", "; ".join(waiting.values()))
+            logger.info("waiting for %s", "; ".join(map(str, waiting.values())))
 
     def clear(self) -> None:
         """Wipe the line."""
@@ -82,21 +133,28 @@ class _Report:
             sys.stderr.write("\r\033[K")
 
 
-def check_agreement(peers: Sequence[Peer], encoding: Encoding | Literal["auto"]) -> Encoding:
-    """Refuse servers whose supervision would differ; returns the encoding to ask for.
+def check_alike(first: Peer, other: Peer) -> None:
+    """Refuse a server whose supervision would differ.
 
     Raises:
-        ContractError: names the two servers and each field that differs, or the encoding one cannot give.
+        ContractError: names the two servers and each field that differs.
     """
-    first = peers[0]
+    differences = first.handshake.served.differences(other.handshake.served)
+    if differences:
+        raise ContractError(f"{first.url} and {other.url} serve different targets: {'; '.join(differences)}")
+
+
+def choose_encoding(peers: Sequence[Peer], encoding: Encoding | Literal["auto"]) -> Encoding:
+    """The encoding to ask for: the one given, or the best that all servers can give.
+
+    Raises:
+        ContractError: names the server that cannot give it.
+    """
+    if encoding == "auto":
+        return "hidden" if all("hidden" in peer.handshake.encodings for peer in peers) else "probs"
     for peer in peers:
-        differences = first.handshake.served.differences(peer.handshake.served)
-        if differences:
-            raise ContractError(f"{first.url} and {peer.url} serve different targets: {'; '.join(differences)}")
-        if encoding != "auto" and encoding not in peer.handshake.encodings:
+        if encoding not in peer.handshake.encodings:
             raise ContractError(
                 f"{peer.url} cannot answer in encoding {encoding!r}: use one of {list(peer.handshake.encodings)}"
             )
-    if encoding != "auto":
-        return encoding
-    return "hidden" if all("hidden" in peer.handshake.encodings for peer in peers) else "probs"
+    return encoding

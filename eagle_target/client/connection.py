@@ -15,6 +15,8 @@ from eagle_target import protocol
 from eagle_target.client.access import Access
 from eagle_target.client.answers import error_of
 from eagle_target.client.checksums import Checksum
+from eagle_target.client.errands import Errand
+from eagle_target.client.presence import Presence
 from eagle_target.client.sockets import DirectConnection, OpenSockets, SecureConnection, source_of, tracked
 from eagle_target.errors import ConfigError, ConnectError, ProtocolError, TransferTimeout
 
@@ -31,7 +33,7 @@ class ServerConnection:
 
     Args:
         url: `http://host:port` or `https://...`. timeout: seconds one request may take. max_connections: kept open.
-        client_id: whose requests these are, for servers that are fair between clients.
+        client_id: whose requests these are; the server is told that this client is there, and when it leaves.
         access: token and certificates. checksum: whether answers of tensors are asked to come with one.
 
     Raises:
@@ -64,15 +66,18 @@ class ServerConnection:
         if checksum:
             self._headers[protocol.CHECKSUM] = protocol.CHECKSUM_NAME
         self._access = access or Access()
+        self._presence = Presence(self, client_id) if client_id else None
         self._sockets = OpenSockets()
+        # One more for what threads of this client send beside the requests: renewals of its presence and leases.
+        kept = max_connections + 1
         self._pool: HTTPConnectionPool
         if parts.scheme == "https":
             self._pool = HTTPSConnectionPool(
-                parts.hostname, port, maxsize=max_connections, block=False, ssl_context=self._access.tls
+                parts.hostname, port, maxsize=kept, block=False, ssl_context=self._access.tls
             )
             self._pool.ConnectionCls = tracked(SecureConnection, self._sockets)
         else:
-            self._pool = HTTPConnectionPool(parts.hostname, port, maxsize=max_connections, block=False)
+            self._pool = HTTPConnectionPool(parts.hostname, port, maxsize=kept, block=False)
             self._pool.ConnectionCls = tracked(DirectConnection, self._sockets)
 
     def request(
@@ -83,8 +88,12 @@ class ServerConnection:
         headers: Mapping[str, str] | None = None,
         *,
         timeout: float | None = None,
+        errand: Errand | None = None,
     ) -> ResponseBody:
-        """Send a request and return its answer's body, unread; `timeout` where this one may take less.
+        """Send a request and return its answer's body, unread.
+
+        Args:
+            timeout: where this one may take less. errand: whose it is, if it may be given up.
 
         Raises:
             ServerError, ContractError, ...: the server answered with a problem.
@@ -92,28 +101,32 @@ class ServerConnection:
         """
         timeout = self._timeout if timeout is None else timeout
         deadline = time.monotonic() + timeout
+        errand = errand or Errand()
         body = b"".join(parts) if parts or method in ("POST", "PUT") else None
         try:
-            answer = self._pool.urlopen(
-                method,
-                path,
-                body=body,
-                headers={
-                    "Content-Type": protocol.CONTENT_TYPE,
-                    **self._headers,
-                    **self._access.headers(),
-                    **(headers or {}),
-                },
-                retries=False,
-                redirect=False,
-                preload_content=False,
-                timeout=urllib3.Timeout(connect=min(CONNECT_SECONDS, timeout), read=timeout),
-            )
+            with errand.under_way():
+                answer = self._pool.urlopen(
+                    method,
+                    path,
+                    body=body,
+                    headers={
+                        "Content-Type": protocol.CONTENT_TYPE,
+                        **self._headers,
+                        **self._access.headers(),
+                        **(headers or {}),
+                    },
+                    retries=False,
+                    redirect=False,
+                    preload_content=False,
+                    timeout=urllib3.Timeout(connect=min(CONNECT_SECONDS, timeout), read=timeout),
+                )
         except (http_errors.HTTPError, OSError) as error:
             raise self.translate(error) from error
-        response = ResponseBody(self, answer, deadline)
+        response = ResponseBody(self, answer, deadline, errand)
         if answer.status >= 300:
             raise error_of(self.url, answer.status, answer.headers, response.read_all(MAX_JSON_BYTES))
+        if self._presence is not None:
+            self._presence.begin()
         return response
 
     def request_json(
@@ -125,7 +138,9 @@ class ServerConnection:
         return answer.read_all(MAX_JSON_BYTES)
 
     def close(self) -> None:
-        """Close every connection; requests under way end with a ConnectError. Safe to call twice."""
+        """Take leave and close every connection; requests under way end with a ConnectError. Safe to call twice."""
+        if self._presence is not None:
+            self._presence.end()
         self._sockets.cut()
         self._pool.close()
 
@@ -145,7 +160,9 @@ class ServerConnection:
 class ResponseBody:
     """The body of one answer, read once; the connection goes back to the pool at its end."""
 
-    def __init__(self, server: ServerConnection, answer: urllib3.BaseHTTPResponse, deadline: float) -> None:
+    def __init__(
+        self, server: ServerConnection, answer: urllib3.BaseHTTPResponse, deadline: float, errand: Errand
+    ) -> None:
         self._server = server
         self._answer = answer
         self.deadline = deadline
@@ -154,7 +171,9 @@ class ResponseBody:
         self.length = self._left = _content_length(answer)
         self._source = source_of(answer)
         self._checksum = Checksum(server.has_checksums)
+        self._errand = errand
         if not self._left:
+            self._errand.let_go()
             answer.drain_conn()
 
     def readinto(self, buffer: memoryview) -> None:
@@ -171,12 +190,14 @@ class ResponseBody:
                     raise http_errors.IncompleteRead(self.length - self._left + filled, self._left - filled)
                 self._checksum.update(buffer[filled : filled + count])
                 filled += count
+                self._errand.nbytes += count
                 self._check_deadline()
         except (http_errors.HTTPError, OSError, ValueError) as error:
             self.close()
             raise self._server.translate(error) from error
         self._left -= filled
         if not self._left:
+            self._errand.let_go()
             self._answer.release_conn()
 
     def check(self) -> None:
@@ -220,8 +241,9 @@ def _content_length(answer: urllib3.BaseHTTPResponse) -> int:
         ProtocolError: no length, or none that is a number, where there is something to read.
     """
     text = answer.headers.get("Content-Length", "")
-    if text.isdecimal():
-        return int(text)
+    length = protocol.read_count(text)
+    if length is not None:
+        return length
     without_body = answer.status == 204 or answer.status >= 300
     answer.close()
     if text or not without_body:

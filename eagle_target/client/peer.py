@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from eagle_target import protocol
 from eagle_target.client.agreement import Negotiator
-from eagle_target.client.control import ChannelControl
+from eagle_target.client.checks import check_answer, check_limits
+from eagle_target.client.control import GIVE_UP_SECONDS, ChannelControl
+from eagle_target.client.errands import present_errand
 from eagle_target.client.timings import received
-from eagle_target.errors import ConnectError, EagleTargetError, ProtocolError, RequestTooLarge, ServerError
+from eagle_target.errors import ConnectError, EagleTargetError, ProtocolError, ServerError
 from eagle_target.rows import PackedTensors
 from eagle_target.runner import DraftHead
 from eagle_target.tensor_format import encode_tensors
@@ -99,6 +101,14 @@ class Peer:
                 self._settle(self._negotiator.agree(self._handshake))
         return self._handshake
 
+    def follow(self, handshake: Handshake) -> None:
+        """Take for this server's what another serves; it is asked, and held to that, when it is used."""
+        with self._lock:
+            self._handshake = handshake
+            if self._agreement is not None:
+                self._retire(self._agreement)
+            self.transport = ""
+
     def supervise(self, request: SupervisionRequest, make_sink: Callable[[], AnySink]) -> tuple[AnySink, Received]:
         """Have a request answered into a new sink; uploads what the server has forgotten, mends a channel that broke.
 
@@ -109,7 +119,7 @@ class Peer:
             RequestTooLarge: more than the server said it takes; nothing was sent.
             ProtocolError: the answer is not to this request, or from another target.
         """
-        self._check_limits(request)
+        check_limits(self.url, request, self.handshake.limits)
         for _ in range(REPAIRS):
             with self._borrow() as agreement:
                 try:
@@ -154,9 +164,12 @@ class Peer:
 
     def close(self) -> None:
         """Close the channel and the connections. Safe to call twice."""
-        with self._lock:
-            self._closed.set()
-            agreement, self._agreement = self._agreement, None
+        self._closed.set()
+        if not self._lock.acquire(timeout=GIVE_UP_SECONDS):
+            self.connection.close()  # who has it waits for a server that is silent
+            self._lock.acquire()
+        agreement, self._agreement = self._agreement, None
+        self._lock.release()
         if agreement is not None:
             agreement.end()
         self.connection.close()
@@ -170,41 +183,25 @@ class Peer:
             headers[protocol.CHANNEL] = agreement.control.channel_id
         if agreement.refused:
             headers[protocol.PASSED_OVER] = ",".join(agreement.refused)
-        body = self.connection.request("POST", protocol.SUPERVISION, protocol.encode_request(request), headers)
+        body = self.connection.request(
+            "POST", protocol.SUPERVISION, protocol.encode_request(request), headers, errand=present_errand()
+        )
         expected = {protocol.REQUEST_ID: request_id, protocol.FINGERPRINT: self.handshake.fingerprint}
         if request.mapping is not None:
             expected[protocol.MAPPING] = request.mapping.sha256
         try:
-            self._check_answer(body.headers, expected)
+            check_answer(self.url, body.headers, expected)
             started = time.perf_counter()
             metadata = agreement.channel.receive(body, sink)
             body.check()
-            self._check_answer(metadata, expected)
+            check_answer(self.url, metadata, expected)
             return sink, received(body.headers, body.length, time.perf_counter() - started)
         finally:
             body.close()
 
-    def _check_answer(self, given: Mapping[str, str], expected: Mapping[str, str]) -> None:
-        """Both the headers, and what came with the tensors over whatever transport they took."""
-        for name, value in expected.items():
-            if given.get(name) != value:
-                raise ProtocolError(
-                    f"{self.url} answered with {name} {given.get(name)!r}, expected {value!r}: "
-                    "was it restarted with another target?"
-                )
-
-    def _check_limits(self, request: SupervisionRequest) -> None:
-        limits = self.handshake.limits
-        size = 9 * request.tokens + 8 * len(request.seq_lens) + 1024
-        if request.tokens > limits.max_request_tokens or size > limits.max_body_bytes:
-            raise RequestTooLarge(
-                f"the batch has {request.tokens} tokens, {self.url} takes {limits.max_request_tokens} and bodies of "
-                f"{limits.max_body_bytes} bytes: use a smaller batch, or raise its limits",
-                status=413,
-                problem="too-many-tokens",
-            )
-
     def _fetch(self, body: ResponseBody) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        # A server that was restarted with another target would hand out another head.
+        check_answer(self.url, body.headers, {protocol.FINGERPRINT: self.handshake.fingerprint})
         tensors = PackedTensors()
         wire = self._plugins.transports.get("wire")
         control = ChannelControl(self.connection, "wire", device="cpu", target_device=self.handshake.target.device)
@@ -296,5 +293,5 @@ class Peer:
         """Ask again what the server offers: it was restarted, and may listen elsewhere now."""
         handshake = protocol.read_handshake(self.connection.request_json("GET", protocol.TARGET))
         if handshake.fingerprint != self.handshake.fingerprint:
-            raise ProtocolError(f"{self.url} serves another target than before: connect again")
+            raise ProtocolError(f"{self.url} serves another target than before, or than the others")
         self._handshake = handshake

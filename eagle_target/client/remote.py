@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import secrets
 import time
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, get_args
 
 import torch
 
 from eagle_target.answer_size import bytes_per_token
 from eagle_target.buffers import BufferPool
 from eagle_target.client.access import open_access
-from eagle_target.client.connecting import check_agreement, wait_for_handshakes
+from eagle_target.client.connecting import connect_servers
 from eagle_target.client.connection import ServerConnection
 from eagle_target.client.dispatch import Dispatcher
+from eagle_target.client.hedging import Hedging
 from eagle_target.client.peer import Peer
 from eagle_target.client.staging import StagedSink
 from eagle_target.client.timings import Traffic
@@ -24,9 +25,12 @@ from eagle_target.requesting import BatchForm, RequestingBackend
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from concurrent.futures import Future
     from pathlib import Path
 
     from eagle_target.batch import Eagle3TargetBatch
+    from eagle_target.client.errands import Errand
+    from eagle_target.client.timings import Received
     from eagle_target.runner import DraftHead
     from eagle_target.supervision import SupervisionRequest
     from eagle_target.trainer_rows import TrainerRows
@@ -35,10 +39,18 @@ if TYPE_CHECKING:
 WORKERS_PER_SERVER = 4
 
 
+class Answered(NamedTuple):
+    """What came of one attempt. assembly: seconds from the last byte to the finished batch."""
+
+    batch: Eagle3TargetBatch
+    received: Received
+    assembly: float
+
+
 class RemoteEagle3TargetModel(RequestingBackend):
     """Supervision from one or more servers. Build it with `from_urls`; safe to use from several threads."""
 
-    def __init__(self, dispatcher: Dispatcher, form: BatchForm) -> None:
+    def __init__(self, dispatcher: Dispatcher, form: BatchForm, *, hedge_after: float | None = None) -> None:
         first = dispatcher.standings[0].peer.handshake
         super().__init__(first.target, form, workers=WORKERS_PER_SERVER * len(dispatcher.standings))
         self._dispatcher = dispatcher
@@ -46,6 +58,7 @@ class RemoteEagle3TargetModel(RequestingBackend):
         self._aux_layer_ids = first.aux_layer_ids
         self._buffers = BufferPool()
         self._traffic = Traffic()
+        self._hedging = None if hedge_after is None else Hedging[Answered](dispatcher, hedge_after, self._forget)
 
     @classmethod
     def from_urls(
@@ -66,7 +79,10 @@ class RemoteEagle3TargetModel(RequestingBackend):
         probs_dtype: torch.dtype = torch.float32,
         timeout: float = 120.0,
         max_retries: int = 3,
+        retry_timeout: float = 60.0,
+        hedge_after: float | None = None,
         ready_timeout: float = 600.0,
+        min_servers: int | None = None,
     ) -> Self:
         """Connect to servers, wait for those still loading, and check that they serve the same.
 
@@ -86,7 +102,13 @@ class RemoteEagle3TargetModel(RequestingBackend):
             probs_dtype: float32, bfloat16 or float16.
             timeout: seconds one attempt may take.
             max_retries: further attempts after a failed one, on another server where there is one.
+            retry_timeout: seconds from its first failure for which a batch is asked for again beyond `max_retries`,
+                while no server can be reached.
+            hedge_after: seconds after which a batch that is not there is also asked for on another server that has
+                less to do; the first right answer is taken. None for never.
             ready_timeout: seconds to wait for a server that is still loading.
+            min_servers: how many servers must be ready and serve the same to begin with; default all. Others are left
+                out until they do: the first server of the list that is ready says what is served.
 
         Raises:
             ConfigError: no or wrong URLs or options. ConnectError: a server cannot be reached or is not ready in time.
@@ -96,6 +118,8 @@ class RemoteEagle3TargetModel(RequestingBackend):
             raise ConfigError(f"urls must be a list of at least one server, got {urls!r}")
         if rows not in get_args(RowPolicy) or probs_dtype not in PROBS_DTYPES:
             raise ConfigError(f"rows must be supervised or all, probs_dtype a float, got {rows!r} and {probs_dtype}")
+        if hedge_after is not None and not hedge_after > 0:
+            raise ConfigError(f"hedge_after must be seconds, more than 0, got {hedge_after}")
         plugins = load_plugins()
         client_id = secrets.token_hex(8)
         access = open_access(
@@ -119,14 +143,16 @@ class RemoteEagle3TargetModel(RequestingBackend):
             for url in dict.fromkeys(url.rstrip("/") for url in urls)
         ]
         try:
-            wait_for_handshakes(peers, ready_timeout)
-            chosen = check_agreement(peers, encoding)
+            chosen, left_out = connect_servers(peers, encoding, ready_timeout=ready_timeout, min_servers=min_servers)
         except BaseException:
             for peer in peers:
                 peer.close()
             raise
-        dispatcher = Dispatcher(peers, max_retries=max_retries, timeout=timeout)
-        return cls(dispatcher, BatchForm(chosen, rows, probs_dtype, torch.device(device)))
+        dispatcher = Dispatcher(peers, max_retries=max_retries, timeout=timeout, retry_timeout=retry_timeout)
+        for standing in dispatcher.standings:
+            if standing.peer in left_out:
+                standing.fail(left_out[standing.peer])
+        return cls(dispatcher, BatchForm(chosen, rows, probs_dtype, torch.device(device)), hedge_after=hedge_after)
 
     def model_info(self) -> dict[str, Any]:
         """Facts about the target, each server's health and transport, what has travelled and where its time went."""
@@ -142,13 +168,16 @@ class RemoteEagle3TargetModel(RequestingBackend):
                     "transport": standing.peer.transport,
                     "transports_refused": dict(standing.peer.refused),
                     "fallbacks": standing.peer.fallbacks,
-                    "healthy": standing.failures == 0,
-                    "outstanding": standing.outstanding,
-                    "last_error": standing.last_error,
+                    **standing.health(),
                 }
                 for standing in self._dispatcher.standings
             ],
-            "traffic": {**self._traffic.totals(), "retries": self._dispatcher.retries},
+            "traffic": {
+                **self._traffic.totals(),
+                "retries": self._dispatcher.retries,
+                "hedges": 0 if self._hedging is None else self._hedging.hedges,
+                "hedges_won": 0 if self._hedging is None else self._hedging.won,
+            },
         }
 
     def _bytes_per_token(self) -> dict[str, int]:
@@ -162,11 +191,12 @@ class RemoteEagle3TargetModel(RequestingBackend):
         return self._dispatcher.run(lambda peer: peer.fetch_input_embedding()).to(self.form.device)
 
     def _answer(self, rows: TrainerRows, request: SupervisionRequest, head: DraftHead | None) -> Eagle3TargetBatch:
-        return self._dispatcher.run(lambda peer: self._ask(peer, rows, request, head))
+        run = self._dispatcher.run if self._hedging is None else self._hedging.run
+        answered = run(lambda peer: self._ask(peer, rows, request, head))
+        self._traffic.count(request.tokens, answered.received, answered.assembly)
+        return answered.batch
 
-    def _ask(
-        self, peer: Peer, rows: TrainerRows, request: SupervisionRequest, head: DraftHead | None
-    ) -> Eagle3TargetBatch:
+    def _ask(self, peer: Peer, rows: TrainerRows, request: SupervisionRequest, head: DraftHead | None) -> Answered:
         def make_sink() -> StagedSink:
             return StagedSink(self._assembler(rows, request, head), self.form.device)
 
@@ -174,8 +204,12 @@ class RemoteEagle3TargetModel(RequestingBackend):
         started = time.perf_counter()
         with torch.no_grad():
             batch = sink.finish()
-        self._traffic.count(request.tokens, received, time.perf_counter() - started)
-        return batch
+        return Answered(batch, received, time.perf_counter() - started)
+
+    def _forget(self, errand: Errand, ended: Future[Answered]) -> None:
+        """Count what an attempt received that was of no use."""
+        whole = ended.exception() is None
+        self._traffic.count_unused(ended.result().received.nbytes if whole else errand.nbytes)
 
     def _fetch_draft_head(self, mapping: VocabMapping) -> DraftHead:
         return self._dispatcher.run(lambda peer: peer.fetch_draft_head(mapping))
@@ -193,6 +227,8 @@ class RemoteEagle3TargetModel(RequestingBackend):
             standing.peer.close()
 
     def _release(self) -> None:
+        if self._hedging is not None:
+            self._hedging.join()
         self._buffers.close()
 
     def _allocate(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

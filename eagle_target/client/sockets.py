@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.client
-import socket
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
 from urllib3.connection import HTTPConnection, HTTPSConnection
 
+from eagle_target.client.errands import present_errand, shut_down
+
 if TYPE_CHECKING:
+    import socket
+
     import urllib3
 
 
@@ -28,20 +30,14 @@ class OpenSockets:
         with self._lock:
             self._sockets.add(connected)
             if self.closed:
-                _shut_down(connected)
+                shut_down(connected)
 
     def cut(self) -> None:
         """Shut every socket down; whoever waits on one gets an error."""
         with self._lock:
             self.closed = True
             for connected in self._sockets:
-                _shut_down(connected)
-
-
-def _shut_down(connected: socket.socket) -> None:
-    # Not TLS's own shutdown, which takes the session from under whoever reads.
-    with contextlib.suppress(OSError):
-        socket.socket.shutdown(connected, socket.SHUT_RDWR)
+                shut_down(connected)
 
 
 class DirectConnection(HTTPConnection):
@@ -77,12 +73,18 @@ def source_of(answer: urllib3.BaseHTTPResponse) -> http.client.HTTPResponse | ur
 
 
 def tracked(kind: type[Any], sockets: OpenSockets) -> type[Any]:
-    """A connection class that tells of the sockets it opens."""
+    """A connection class that tells of the sockets it opens and of whose errand they are used for."""
 
     class Connection(kind):  # type: ignore[misc]
         def connect(self) -> None:
             super().connect()
             # Not the connection: it lets go of its socket while a last answer is still read from it.
             sockets.add(self.sock)
+            present_errand().hold(self.sock)
+
+        def request(self, *args: Any, **options: Any) -> None:
+            if self.sock is not None:
+                present_errand().hold(self.sock)
+            super().request(*args, **options)
 
     return Connection

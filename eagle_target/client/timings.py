@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,9 +24,9 @@ class Received(NamedTuple):
 
 def received(headers: Mapping[str, str], body_bytes: int, transfer: float) -> Received:
     """Of an answer's headers, and the seconds from their arrival to the last byte."""
-    moved = headers.get(protocol.MOVED_BYTES, "")
+    moved = protocol.read_count(headers.get(protocol.MOVED_BYTES, "")) or 0
     seconds = {**server_seconds(headers.get(protocol.TIMINGS, "")), "transfer": transfer}
-    return Received(body_bytes + (int(moved) if moved.isdecimal() else 0), seconds)
+    return Received(body_bytes + moved, seconds)
 
 
 def server_seconds(timings: str) -> dict[str, float]:
@@ -34,9 +35,11 @@ def server_seconds(timings: str) -> dict[str, float]:
     for entry in timings.split(","):
         stage, _, duration = entry.strip().partition(";dur=")
         try:
-            seconds[stage] = float(duration) / 1000
+            given = float(duration)
         except ValueError:
             continue
+        if math.isfinite(given):
+            seconds[stage] = given / 1000
     return seconds
 
 
@@ -56,6 +59,11 @@ class Traffic:
             self._counts["bytes_received"] += answer.nbytes
             for stage, seconds in {**answer.seconds, "assembly": assembly}.items():
                 self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds
+
+    def count_unused(self, nbytes: int) -> None:
+        """Add the bytes of an answer that was not used: another server's was there first."""
+        with self._lock:
+            self._counts["bytes_received"] += nbytes
 
     def totals(self) -> dict[str, int | dict[str, float]]:
         """Requests, tokens, bytes received, and seconds by stage."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from eagle_target.errors import AdapterError, ContractError
-from eagle_target.server.forwards import release_frames
+from eagle_target.errors import AdapterError, ContractError, EngineDead, Unavailable
+from eagle_target.server.forwards import log_failure, release_frames
+from eagle_target.server.redaction import hide_in_error
 from eagle_target.server.stages import engine_stopped
+from eagle_target.server.subjects import about
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,12 +24,15 @@ class AnswerStage:
 
     Args:
         queue: where a part goes back to that failed beside others.
-        tell: called with the failure of a part by itself, or None for one that went well.
+        tell: called with the failure of a part by itself, or None for one that went well; gives what is answered.
         stop: called with what ends a thread.
     """
 
     def __init__(
-        self, queue: JobQueue, tell: Callable[[Exception | None], None], stop: Callable[[BaseException], None]
+        self,
+        queue: JobQueue,
+        tell: Callable[[Exception | None], Exception | None],
+        stop: Callable[[BaseException], None],
     ) -> None:
         self._queue = queue
         self._tell = tell
@@ -36,7 +41,8 @@ class AnswerStage:
     def handle(self, forwarded: Forwarded) -> None:
         """Answer every part; what is stored is let go of part by part."""
         if forwarded.error is not None:
-            self._fail(forwarded.parts[0], forwarded.error)
+            for part in forwarded.parts:
+                self._fail(part, forwarded.error)
             return
         stores = forwarded.stores[::-1]
         forwarded.stores.clear()
@@ -56,14 +62,17 @@ class AnswerStage:
 
     def _answer(self, part: Part, stores: list[Callable[[], Answer]], *, is_alone: bool) -> None:
         try:
-            answer = stores.pop()()
+            with about(part.job.subject):
+                answer = stores.pop()()
             for sequence, supervision in part.hits.items():
                 answer.fill(sequence, supervision)
             if self._queue.cache is not None:
                 self._queue.cache.keep(part, answer)
         except Exception as error:  # noqa: BLE001 - logged, and handed to whoever waits
-            release_frames(error, logged_as="a projection failed" if is_alone else None)
             if is_alone:
+                log_failure("a projection failed", error, part)
+            release_frames(error)
+            if is_alone or isinstance(error, EngineDead):
                 self._fail(part, error)
             else:
                 self._queue.put_back(part)
@@ -73,8 +82,12 @@ class AnswerStage:
         part.job.finish_part()
 
     def _fail(self, part: Part, error: Exception) -> None:
-        self._tell(error)
-        part.job.fail(error if isinstance(error, AdapterError | ContractError) else _engine_error(error))
+        if isinstance(error, EngineDead):
+            # Why an engine died is logged, and told to other clients too.
+            hide_in_error(error, part.job.request.input_ids)
+        told = self._tell(error) or error
+        is_ours = isinstance(told, AdapterError | ContractError | Unavailable)
+        part.job.fail(told if is_ours else _engine_error(told))
 
 
 def _engine_error(error: Exception) -> AdapterError:

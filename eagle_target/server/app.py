@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
-import secrets
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from starlette.applications import Starlette
@@ -21,10 +20,13 @@ from eagle_target import protocol
 from eagle_target.answer_size import bytes_per_token
 from eagle_target.errors import ContractError, EagleTargetError, ServerError, VocabMappingError
 from eagle_target.server import metrics
-from eagle_target.server.bodies import TensorResponse, checksum_headers, read_body, wait_for_disconnect
+from eagle_target.server.bodies import TensorResponse, checksum_headers, read_body
+from eagle_target.server.client_routes import client_routes
 from eagle_target.server.limits import check_size, read_mapping_body
 from eagle_target.server.problems import (
     CLIENT_GONE,
+    EXCHANGE,
+    Problem,
     answer_http_error,
     answer_nobody,
     answer_problem,
@@ -32,15 +34,16 @@ from eagle_target.server.problems import (
     problem_of,
 )
 from eagle_target.server.security import AUTHORIZED
+from eagle_target.server.status_page import StatusPage
+from eagle_target.server.waiting import FollowedResponse, wait_for_answer
 from eagle_target.tensor_format import decode_tensors, encode_tensors
 from eagle_target.transports import Reply
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
-
     from eagle_target.config import ServerConfig
     from eagle_target.server.channels import Channels
     from eagle_target.server.engine import TargetModelServer
+    from eagle_target.server.exchanges import Exchange
     from eagle_target.server.jobs import Supervised
     from eagle_target.vocabulary import VocabMapping
 
@@ -57,8 +60,10 @@ class TargetApp:
         self.config = config
         self.active = 0
         self.metrics = metrics.Metrics(server, channels)
+        page = StatusPage(server, channels, self.metrics, config)
         self.asgi = Starlette(
             routes=[
+                Route(protocol.STATUS, page.show),
                 Route(protocol.HEALTH, self.health),
                 Route(protocol.READY, self.ready),
                 Route(protocol.METRICS, self.show_metrics),
@@ -72,6 +77,7 @@ class TargetApp:
                 Route(protocol.TRANSPORTS + "/{name}/channels/{channel}", self.renew_channel, methods=["PUT"]),
                 Route(protocol.TRANSPORTS + "/{name}/channels/{channel}", self.close_channel, methods=["DELETE"]),
                 Route(protocol.TRANSPORTS + "/{name}/channels/{channel}/messages", self.tell_channel, methods=["POST"]),
+                *client_routes(server.clients),
             ],
             exception_handlers={
                 EagleTargetError: answer_problem,
@@ -80,6 +86,12 @@ class TargetApp:
                 Exception: answer_problem,
             },
         )
+
+    def note_exchange(self, exchange: Exchange) -> None:
+        """Count what a request that is over came to."""
+        # A probe that is told `loading` is no error.
+        if exchange.problem and exchange.path != protocol.READY:
+            self.metrics.count_problem(exchange.problem, exchange.status)
 
     async def health(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's signature
         """The process is alive."""
@@ -158,13 +170,15 @@ class TargetApp:
     async def supervise(self, request: Request) -> Response:
         """Supervision for one request, over the transport it names."""
         self.active += 1
+        exchange: Exchange = request.scope[EXCHANGE]
         try:
             response = await self._answer(request)
         except BaseException:
             self.active -= 1
             raise
-        self.metrics.count_status(response.status_code)
-        return _Counted(self, response)
+        outcome = response.name if isinstance(response, Problem) else metrics.ANSWERED
+        self.metrics.count_request(outcome, response.status_code)
+        return FollowedResponse(response, partial(self._end, exchange))
 
     async def open_channel(self, request: Request) -> Response:
         """Open a channel on a transport."""
@@ -191,11 +205,15 @@ class TargetApp:
         await run_in_threadpool(self.channels.close_channel, name, channel)
         return Response(status_code=204)
 
+    def _end(self, exchange: Exchange) -> None:
+        self.active -= 1
+        self.metrics.count_seconds(exchange.seconds)
+
     async def _answer(self, request: Request) -> Response:
         try:
             return await self._supervise(request)
         except ClientDisconnect:
-            return Response(status_code=CLIENT_GONE)
+            return problem(CLIENT_GONE, "client-gone", "the client went away")
         except asyncio.CancelledError:
             # Only a server that stops at once cancels a request; the event loop still sends what is small.
             return problem(503, "closed", "the server stopped before this request was answered", close=True)
@@ -205,21 +223,21 @@ class TargetApp:
     async def _supervise(self, request: Request) -> Response:
         name = request.headers.get(protocol.TRANSPORT, "wire")
         channel = self.channels.find(name, request.headers.get(protocol.CHANNEL))
-        request_id = request.headers.get(protocol.REQUEST_ID) or secrets.token_hex(8)
+        exchange: Exchange = request.scope[EXCHANGE]
         body = await self._read(request)
+        self.metrics.count_received(len(body))
+        read_seconds = exchange.seconds
         supervision_request = protocol.decode_request(body, self._find_mapping)
         check_size(supervision_request, self.config)
-        client = request.headers.get(protocol.CLIENT) or (request.client.host if request.client else "")
-        submit = partial(
-            self.server.submit, supervision_request, channel.new_tensors, client=client[:MAX_CLIENT_LETTERS]
-        )
+        client = exchange.client_id[:MAX_CLIENT_LETTERS]
+        submit = partial(self.server.submit, supervision_request, channel.new_tensors, client=client)
         # Only the cache's keys take time worth speaking of.
         future = submit() if self.server.cache is None else await run_in_threadpool(submit)
-        supervised = await _wait(future, request)
+        supervised = await wait_for_answer(future, request)
         answered_at = time.perf_counter()
-        headers = self._headers(request_id, supervision_request.mapping, supervised)
+        headers = self._headers(exchange.request_id, supervision_request.mapping, supervised)
         metadata = {name: value for name, value in headers.items() if name != protocol.TIMINGS}
-        reply = await run_in_threadpool(channel.send, request_id, supervised.tensors, metadata)
+        reply = await run_in_threadpool(channel.send, exchange.request_id, supervised.tensors, metadata)
         headers |= await checksum_headers(request, reply)
         if reply.moved_bytes:
             headers[protocol.MOVED_BYTES] = str(reply.moved_bytes)
@@ -227,9 +245,11 @@ class TargetApp:
             tokens=supervision_request.tokens,
             transport=name,
             sent_bytes=reply.length + reply.moved_bytes,
-            timings=supervised.timings,
+            timings={"read": read_seconds, **supervised.timings},
         )
-        self.metrics.count_passed_over(request.headers.get(protocol.PASSED_OVER, ""))
+        self.metrics.count_transport(client, name, request.headers.get(protocol.PASSED_OVER, ""))
+        self.server.clients.supervised(client, tokens=supervision_request.tokens, transport=name)
+        exchange.fields |= {"tokens": supervision_request.tokens, "transport": name}
         return TensorResponse(
             reply,
             headers,
@@ -261,33 +281,3 @@ class TargetApp:
         reply = Reply(protocol.CONTENT_TYPE, await run_in_threadpool(encode_tensors, tensors, metadata))
         headers = {protocol.FINGERPRINT: self.server.served.fingerprint, **await checksum_headers(request, reply)}
         return TensorResponse(reply, headers, send_timeout=self.config.send_timeout)
-
-
-class _Counted(Response):
-    """A response that counts as active until it is sent, so that a drain waits for it."""
-
-    def __init__(self, app: TargetApp, response: Response) -> None:
-        self._app = app
-        self._response = response
-        self.status_code = response.status_code
-        self.background = None
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        try:
-            await self._response(scope, receive, send)
-        finally:
-            self._app.active -= 1
-
-
-async def _wait(future: Future[Supervised], request: Request) -> Supervised:
-    """Wait for a queued request, and give it up when its client is gone."""
-    answer = asyncio.wrap_future(future)
-    gone = asyncio.ensure_future(wait_for_disconnect(request))
-    try:
-        await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not answer.done():
-            raise ClientDisconnect
-        return answer.result()
-    finally:
-        gone.cancel()
-        answer.cancel()

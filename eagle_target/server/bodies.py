@@ -45,10 +45,9 @@ async def read_body(
         ServerError: no Content-Length, or the body took longer than `timeout` seconds.
         RequestTooLarge: more than `limit` bytes were announced.
     """
-    announced = request.headers.get("content-length", "")
-    if not (announced.isascii() and announced.isdecimal()):
+    length = protocol.read_count(request.headers.get("content-length", ""))
+    if length is None:
         raise ServerError("the request needs a Content-Length header", status=411, problem="length-required")
-    length = int(announced)
     if length > limit:
         raise RequestTooLarge(
             f"the body has {length} bytes, this server takes {limit}: send less, or raise {setting}",

@@ -11,6 +11,7 @@ from eagle_target.server.problems import problem
 
 if TYPE_CHECKING:
     import asyncio
+    from collections.abc import Callable
 
     from eagle_target.config import ServerConfig
 
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 RETRY_SECONDS = 1.0
 # Longer than a route waits for a body, so that it is the one to say so.
 GRACE_SECONDS = 5.0
+LIMITS = ("max_connections", "max_headers", "max_header_bytes", "headers_timeout", "body_timeout")
 
 
 class LimitedConnection(HttpToolsProtocol):
@@ -106,6 +108,10 @@ class LimitedConnection(HttpToolsProtocol):
         self._stop_timer()
         super().connection_lost(exc)
 
+    @staticmethod
+    def on_refused(name: str, status: int) -> None:
+        """Told of each connection that is refused: the problem's name, and its status."""
+
     def _check_head(self) -> bool:
         if self._is_refused:
             return False
@@ -130,6 +136,7 @@ class LimitedConnection(HttpToolsProtocol):
         lines = [f"HTTP/1.1 {status} {name}".encode(), *(key + b": " + value for key, value in answer.raw_headers)]
         self.transport.write(b"\r\n".join([*lines, b"", bytes(answer.body)]))
         self.transport.close()
+        self.on_refused(name, status)
         logger.warning("a connection was refused: %s", name)
 
     def _start_timer(self, seconds: float) -> None:
@@ -142,7 +149,11 @@ class LimitedConnection(HttpToolsProtocol):
             self._timer = None
 
 
-def limited_connections(config: ServerConfig) -> type[LimitedConnection]:
-    """The class with a server's limits: uvicorn takes a class, and no arguments for it."""
-    limits = {name: getattr(config, name) for name in LimitedConnection.__annotations__}
-    return type("LimitedConnection", (LimitedConnection,), limits)
+def limited_connections(config: ServerConfig, on_refused: Callable[[str, int], None]) -> type[LimitedConnection]:
+    """The class with a server's limits: uvicorn takes a class, and no arguments for it.
+
+    Args:
+        on_refused: called with the problem's name and status for each connection that is refused.
+    """
+    limits = {name: getattr(config, name) for name in LIMITS}
+    return type("LimitedConnection", (LimitedConnection,), {**limits, "on_refused": staticmethod(on_refused)})

@@ -1,41 +1,37 @@
-"""The server without HTTP: its state, the thread that owns the engine, and the one that projects beside it."""
+"""The server without HTTP: what its clients may ask, and what it keeps for them."""
 
 from __future__ import annotations
 
-import logging
 import threading
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 
 from eagle_target.answer_size import answer_bytes
-from eagle_target.errors import ContractError, EagleTargetError, Unavailable
-from eagle_target.info import ServedTarget
-from eagle_target.layers import validate_aux_layer_ids
+from eagle_target.errors import ContractError, Unavailable
 from eagle_target.rows import PackedTensors
-from eagle_target.runner import CapacityRunner, ConcurrentHeadRunner, SupervisingRunner
-from eagle_target.server.answering import AnswerStage
-from eagle_target.server.answers import HostMemory
 from eagle_target.server.cache import SequenceCache
-from eagle_target.server.forwards import Forwarded, ForwardStage
 from eagle_target.server.job_queue import JobQueue
-from eagle_target.server.jobs import RETRY_SECONDS, Call, Job, Supervised
+from eagle_target.server.jobs import Call, Job, Supervised
+from eagle_target.server.life import EngineLife
 from eagle_target.server.mappings import MappingStore
 from eagle_target.server.outbox import Outbox
-from eagle_target.server.stages import DeviceOrder, SecondStage
+from eagle_target.server.presence import Presences
+from eagle_target.server.restarts import Restarts
+from eagle_target.server.state import ServerState, State
+from eagle_target.server.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from concurrent.futures import Future
 
+    from eagle_target.errors import AdapterError
+    from eagle_target.info import ServedTarget
     from eagle_target.runner import DraftHead, TargetRunner
+    from eagle_target.server.presence import ConnectedClient
     from eagle_target.supervision import SupervisionRequest
     from eagle_target.vocabulary import VocabMapping
-
-logger = logging.getLogger(__name__)
-
-State = Literal["loading", "ready", "degraded", "draining", "failed", "closed"]
-SERVING_STATES = ("ready", "degraded")
 
 
 class TargetModelServer:
@@ -49,6 +45,12 @@ class TargetModelServer:
         max_mappings: vocabulary mappings kept, least recently used out first.
         max_outbox_bytes, max_client_outbox_bytes: answers that are not sent yet, of all clients and of one.
         cache_bytes: supervision kept for sequences that are asked for again; 0 for none.
+        max_restarts: how often within an hour an engine that died is loaded again.
+        forward_timeout: seconds a call of the engine may take; 0 for any number.
+        client_lease: seconds a client may be silent and still count as connected.
+
+    Attributes:
+        clients: which are connected. outbox: the answers that are not sent yet.
     """
 
     def __init__(
@@ -62,27 +64,52 @@ class TargetModelServer:
         max_outbox_bytes: int = 8 << 30,
         max_client_outbox_bytes: int = 2 << 30,
         cache_bytes: int = 0,
+        max_restarts: int = 0,
+        forward_timeout: float = 0.0,
+        client_lease: float = 30.0,
     ) -> None:
-        self._load = load
-        self._aux_layer_ids = aux_layer_ids
         self._max_batch_tokens = max_batch_tokens
         self._cache_bytes = cache_bytes
-        self._memory: HostMemory | None = None
         self.outbox = Outbox(max_outbox_bytes, max_client_outbox_bytes)
+        self.clients = Presences(client_lease)
         self._queue = JobQueue(max_waiting=max_queue, outbox=self.outbox)
         self._mappings = MappingStore(max_mappings)
-        self._changing = threading.Lock()
-        self._runner: TargetRunner | None = None
-        self._served: ServedTarget | None = None
+        self._state = ServerState()
         self._has_draft_head = False
-        self._forwards: ForwardStage | None = None
-        self.state: State = "loading"
-        self.failure: str | None = None
-        self._thread = threading.Thread(target=self._run, name="eagle-target-engine", daemon=True)
+        self._restarts = Restarts(max_restarts)
+        self._watchdog = Watchdog(forward_timeout, self._stick)
+        self._unanswered: WeakSet[Job] = WeakSet()
+        self._submitting = threading.Lock()
+        self._life = EngineLife(
+            load,
+            aux_layer_ids=aux_layer_ids,
+            queue=self._queue,
+            state=self._state,
+            restarts=self._restarts,
+            watchdog=self._watchdog,
+            max_batch_tokens=max_batch_tokens,
+            on_loaded=self._take_target,
+        )
 
     def start(self) -> None:
         """Load the target and begin to answer, on a thread of its own."""
-        self._thread.start()
+        self._watchdog.start()
+        self._life.start()
+
+    @property
+    def state(self) -> State:
+        """What the server is doing."""
+        return self._state.name
+
+    @property
+    def failure(self) -> str | None:
+        """The last failure, until a forward goes well again."""
+        return self._state.failure
+
+    @property
+    def ended_by(self) -> type[AdapterError] | None:
+        """The kind of failure that the server does not go on after; None as long as it goes on."""
+        return self._state.ended_by
 
     @property
     def served(self) -> ServedTarget:
@@ -91,9 +118,9 @@ class TargetModelServer:
         Raises:
             Unavailable: the target is not loaded.
         """
-        if self._served is None:
-            raise self._unavailable(retry_after=RETRY_SECONDS)
-        return self._served
+        if self._state.served is None:
+            raise self._state.unavailable()
+        return self._state.served
 
     @property
     def encodings(self) -> tuple[str, ...]:
@@ -108,12 +135,27 @@ class TargetModelServer:
     @property
     def running(self) -> int:
         """Requests in the forward that runs."""
-        return 0 if self._forwards is None else self._forwards.running
+        return self._life.running
 
     @property
     def padded_tokens(self) -> int:
         """Tokens the engine computed beside those that were asked for, where it tells."""
-        return 0 if self._forwards is None else self._forwards.padded_tokens
+        return self._life.padded_tokens
+
+    @property
+    def loads(self) -> int:
+        """How often the target was loaded."""
+        return self._state.loads
+
+    @property
+    def restarts(self) -> int:
+        """How often the engine was loaded again, or was about to be."""
+        return self._restarts.total
+
+    @property
+    def stuck_forwards(self) -> int:
+        """Calls of the engine that did not return in time."""
+        return self._watchdog.stuck
 
     @property
     def cache(self) -> SequenceCache | None:
@@ -153,8 +195,14 @@ class TargetModelServer:
             keys=() if self.cache is None else self.cache.keys(request),
             max_part_tokens=self._max_batch_tokens,
         )
+        with self._submitting:
+            self._unanswered.add(job)
         self._put(job)
         return job.future
+
+    def connected_clients(self) -> list[ConnectedClient]:
+        """The clients that are connected, in the order they came."""
+        return self.clients.connected()
 
     def add_mapping(self, mapping: VocabMapping) -> None:
         """Keep a mapping under its hash.
@@ -183,17 +231,14 @@ class TargetModelServer:
 
     def drain(self) -> None:
         """Take no more requests; what is queued is still answered."""
-        with self._changing:
-            if self.state in SERVING_STATES or self.state == "loading":
-                self.state = "draining"
+        self._state.drain()
 
     def close(self, timeout: float = 30.0) -> None:
         """Give up what is queued, stop the thread and release the engine. Safe to call twice."""
-        with self._changing:
-            self.state = "closed"
+        self._state.close()
+        self._watchdog.stop()
         self._queue.close(Unavailable("the server is closed", status=503, problem="closed"))
-        if self._thread.is_alive() and self._thread is not threading.current_thread():
-            self._thread.join(timeout)
+        self._life.end(timeout)
 
     def _call(self, function: Callable[[TargetRunner], Any]) -> Future[Any]:
         call = Call(function)
@@ -201,91 +246,22 @@ class TargetModelServer:
         return call.future
 
     def _put(self, work: Job | Call) -> None:
-        if self.state not in SERVING_STATES:
-            raise self._unavailable(retry_after=RETRY_SECONDS)
+        if not self._state.is_serving:
+            raise self._state.unavailable()
         self._queue.put(work)
 
-    def _unavailable(self, retry_after: float | None = None) -> Unavailable:
-        reason = f"the server is {self.state}" + (f": {self.failure}" if self.failure else "")
-        return Unavailable(reason, status=503, problem=self.state, retry_after=retry_after)
-
-    def _run(self) -> None:
-        second: SecondStage[Forwarded] | None = None
-        try:
-            runner = self._load_target()
-            second = self._start_stages(runner)
-            while self._work(runner, second):
-                pass
-        # Whatever it was, SystemExit of an engine included: a thread that is gone must not look like one that loads.
-        except BaseException as error:  # noqa: BLE001
-            self._give_up(error)
-        finally:
-            if second is not None:
-                second.close()
-            if self._memory is not None:
-                self._memory.close()
-            if self._runner is not None:
-                self._runner.close()
-
-    def _give_up(self, error: BaseException) -> None:
-        with_traceback = not isinstance(error, EagleTargetError) or logger.isEnabledFor(logging.DEBUG)
-        logger.error(
-            "the engine stopped: %s: %s", type(error).__name__, error, exc_info=error if with_traceback else None
-        )
-        with self._changing:
-            self.failure = str(error) or type(error).__name__
-            if self.state != "closed":
-                self.state = "failed"
-        self._queue.close(self._unavailable())
-
-    def _load_target(self) -> TargetRunner:
-        runner = self._load()
-        self._runner = runner
-        aux_layer_ids = validate_aux_layer_ids(self._aux_layer_ids, runner.info.num_layers)
-        runner.set_aux_layers(aux_layer_ids)
+    def _take_target(self, runner: TargetRunner, served: ServedTarget) -> None:
+        """An engine was loaded; its cache outlives it."""
         self._has_draft_head = runner.draft_head(torch.tensor([0])) is not None
-        served = ServedTarget(info=runner.info, aux_layer_ids=aux_layer_ids)
-        if self._cache_bytes:
+        if self._cache_bytes and self._queue.cache is None:
             self._queue.cache = SequenceCache(self._cache_bytes, served.fingerprint)
-        with self._changing:
-            self._served = served
-            if self.state == "loading":
-                self.state = "ready"
-        return runner
 
-    def _start_stages(self, runner: TargetRunner) -> SecondStage[Forwarded]:
-        device = torch.device(runner.info.device)
-        # What a supervising runner has projected only has to be copied, which is no call of the runner.
-        is_beside = isinstance(runner, SupervisingRunner) or (
-            isinstance(runner, ConcurrentHeadRunner) and runner.concurrent_head
-        )
-        answering = AnswerStage(self._queue, self._note, self._give_up)
-        second: SecondStage[Forwarded] = SecondStage(answering.handle, answering.abandon, is_threaded=is_beside)
-        self._memory = HostMemory(pinned=device.type == "cuda")
-        self._forwards = ForwardStage(runner, self._memory, DeviceOrder(device, is_beside=is_beside), second)
-        return second
-
-    def _work(self, runner: TargetRunner, second: SecondStage[Forwarded]) -> bool:
-        """Run what comes next; False when closed. Keeps no answer alive while it waits."""
-        work = self._queue.take(lambda: self._room(runner))
-        if isinstance(work, Call):
-            work.answer(runner)
-        elif work and self._forwards is not None:
-            if sum(part.tokens for part in work) > self._room(runner):
-                # A single part larger than what fits now: what the second stage holds is freed first.
-                second.wait_until_idle()
-            self._forwards.run(work)
-        elif self._memory is not None:
-            self._memory.trim()
-        return work is not None
-
-    def _room(self, runner: TargetRunner) -> int:
-        """Tokens of the next forward."""
-        capacity = runner.token_capacity() if isinstance(runner, CapacityRunner) else None
-        return self._max_batch_tokens if capacity is None else min(self._max_batch_tokens, capacity)
-
-    def _note(self, failure: Exception | None) -> None:
-        with self._changing:
-            if self.state in SERVING_STATES:
-                self.state = "ready" if failure is None else "degraded"
-                self.failure = None if failure is None else f"{type(failure).__name__}: {failure}"
+    def _stick(self, failure: str) -> None:
+        """The engine does not return: whoever waits for it gets an answer."""
+        self._state.stick(failure)
+        reason = self._state.unavailable()
+        self._queue.close(reason)
+        with self._submitting:
+            unanswered = list(self._unanswered)
+        for job in unanswered:
+            job.fail(reason)

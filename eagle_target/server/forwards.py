@@ -11,13 +11,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from eagle_target.errors import EngineDead
 from eagle_target.runner import PaddingRunner, SupervisingRunner
 from eagle_target.server.answers import DeferredSink
+from eagle_target.server.redaction import hide_ids
 from eagle_target.server.stages import engine_stopped
+from eagle_target.server.subjects import about
 from eagle_target.supervision import check_forward, split_forward, store_supervision
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
     from eagle_target.runner import TargetForward, TargetRunner
     from eagle_target.server.answers import Answer, HostMemory
@@ -32,7 +36,8 @@ logger = logging.getLogger(__name__)
 class Forwarded:
     """Parts that were run together, and for each how its supervision gets into its answer.
 
-    error: what a part that was run by itself ran into; there is nothing to store then.
+    error: what a part that was run by itself ran into, or all of them where the engine is gone; there is nothing to
+        store then.
     """
 
     parts: Sequence[Part]
@@ -45,15 +50,22 @@ class ForwardStage:
 
     Args:
         runner: the target. memory: of answers. order: of the device's work. second: the stage that follows.
+        watching: times what is called in it.
     """
 
     def __init__(
-        self, runner: TargetRunner, memory: HostMemory, order: DeviceOrder, second: SecondStage[Forwarded]
+        self,
+        runner: TargetRunner,
+        memory: HostMemory,
+        order: DeviceOrder,
+        second: SecondStage[Forwarded],
+        watching: Callable[[str], AbstractContextManager[None]],
     ) -> None:
         self._runner = runner
         self._memory = memory
         self._order = order
         self._second = second
+        self._watching = watching
         self.running = 0
         self.padded_tokens = 0
 
@@ -78,13 +90,16 @@ class ForwardStage:
 
     def _try(self, parts: Sequence[Part]) -> Forwarded | None:
         """Run parts together; None where that failed and they are several."""
+        subject = parts[0].job.subject if len(parts) == 1 else None
         try:
-            with torch.no_grad():
+            with torch.no_grad(), about(subject), self._watching("a forward"):
                 return Forwarded(parts, self._forward(parts))
         except Exception as error:  # noqa: BLE001 - logged, and handed to whoever waits
             is_alone = len(parts) == 1
-            release_frames(error, logged_as="a forward failed" if is_alone else None)
-            return Forwarded(parts, error=error) if is_alone else None
+            if is_alone:
+                log_failure("a forward failed", error, parts[0])
+            release_frames(error)
+            return Forwarded(parts, error=error) if is_alone or isinstance(error, EngineDead) else None
 
     def _forward(self, parts: Sequence[Part]) -> list[Callable[[], Answer]]:
         missing = [part for part in parts if part.missing]
@@ -136,7 +151,7 @@ class ForwardStage:
     def _place(self, part: Part, answer: Answer, sink: DeferredSink, mark: torch.cuda.Event | None) -> Answer:
         """Copy what the runner has projected, where it must be copied; on the second stage's thread."""
         started = time.perf_counter()
-        with self._order.following(None, mark):
+        with self._watching("copying an answer"), self._order.following(None, mark):
             sink.flush()
         part.job.seconds["projection"] += time.perf_counter() - started
         return answer
@@ -153,19 +168,21 @@ class ForwardStage:
         """Make one part's supervision of its forward; on the second stage's thread."""
         started = time.perf_counter()
         answer = part.job.open_answer(self._memory)
-        with torch.no_grad(), self._order.following(forward, mark):
+        with torch.no_grad(), self._watching("a projection"), self._order.following(forward, mark):
             store_supervision(self._runner, request, forward, answer.sink(part.missing, is_shared=is_shared))
         part.job.seconds["projection"] += time.perf_counter() - started
         return answer
 
 
-def release_frames(error: BaseException | None, *, logged_as: str | None) -> None:
-    """Take an error's frames off it: they hold tensors, and other requests' answers, for as long as it is kept.
+def log_failure(what: str, error: Exception, part: Part) -> None:
+    """Log a part's failure with its frames, as text, since a handler may keep what it is given; ids are hidden."""
+    frames = "".join(traceback.format_exception(error)).rstrip()
+    with about(part.job.subject):
+        logger.error("%s\n%s", what, hide_ids(frames, part.job.request.input_ids))
 
-    The log gets them as text, since a handler may keep what it is given.
-    """
-    if logged_as is not None and error is not None:
-        logger.error("%s\n%s", logged_as, "".join(traceback.format_exception(error)).rstrip())
+
+def release_frames(error: BaseException | None) -> None:
+    """Take an error's frames off it: they hold tensors, and other requests' answers, for as long as it is kept."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error.__traceback__ = None

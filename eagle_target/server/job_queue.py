@@ -51,6 +51,7 @@ class JobQueue:
         # Room may come back anywhere, in a thread that holds this lock as well.
         self._changed = threading.Condition(threading.RLock())
         self._closed: Unavailable | None = None
+        self._is_over = False
         outbox.watch(self._wake)
 
     def __len__(self) -> int:
@@ -115,7 +116,22 @@ class JobQueue:
     def close(self, reason: Unavailable) -> None:
         """Refuse what waits and what comes. Safe to call twice; the first reason stands."""
         with self._changed:
-            self._closed = self._closed or reason
+            if not self._is_over:
+                self.pause(reason)
+                self._is_over = True
+
+    def resume(self) -> None:
+        """Take work again after a pause, unless the queue is closed."""
+        with self._changed:
+            if not self._is_over:
+                self._closed = None
+
+    def pause(self, reason: Unavailable) -> None:
+        """Refuse what waits, and what comes until it is resumed; nothing is handed out meanwhile."""
+        with self._changed:
+            if self._is_over:
+                return
+            self._closed = reason
             refused: list[Job | Call] = [*self._calls, *(part.job for part in self._again)]
             refused += [job for line in self._lines.values() for job in line.jobs]
             self._calls.clear()

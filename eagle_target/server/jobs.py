@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from eagle_target.errors import EngineDead
 from eagle_target.rows import PackedTensors
 from eagle_target.server.answers import Answer
 from eagle_target.server.outbox import follow
+from eagle_target.server.subjects import current_subject
 from eagle_target.supervision import SupervisionRequest
 
 if TYPE_CHECKING:
@@ -45,6 +47,9 @@ class Job:
         request: what is asked. client: who asks. make_tensors: gives the mapping its supervision goes to.
         answer_bytes: what the answer takes. keys: of its sequences in the cache, where there is one.
         max_part_tokens: a larger request is cut into parts of whole sequences.
+
+    Attributes:
+        subject: whom the log's lines about it are about, taken from whoever makes it.
     """
 
     def __init__(
@@ -59,6 +64,7 @@ class Job:
     ) -> None:
         self.request = request
         self.client = client
+        self.subject = current_subject()
         self.answer_bytes = answer_bytes
         self.keys = keys
         self.future: Future[Supervised] = Future()
@@ -149,13 +155,15 @@ class Call:
     function: Callable[[TargetRunner], Any]
     future: Future[Any] = field(default_factory=Future)
 
-    def answer(self, runner: TargetRunner) -> None:
-        """Do it, unless it was given up."""
+    def answer(self, runner: TargetRunner, on_death: Callable[[EngineDead], Exception]) -> None:
+        """Do it, unless it was given up; `on_death` gives what is answered where the engine is gone."""
         if not self.future.set_running_or_notify_cancel():
             return
         try:
             with torch.no_grad():
                 self.future.set_result(self.function(runner))
+        except EngineDead as error:
+            self.future.set_exception(on_death(error))
         except Exception as error:  # noqa: BLE001 - handed to whoever waits for it
             self.future.set_exception(error)
 

@@ -24,11 +24,15 @@ from eagle_target.protocol import PROBLEM_TYPE, PROBLEM_URN
 
 if TYPE_CHECKING:
     from starlette.requests import Request
+    from starlette.types import Receive, Scope, Send
 
 logger = logging.getLogger(__name__)
 
 # nginx's status for a client that went away; nobody reads it, the metrics count it.
 CLIENT_GONE = 499
+
+# Where a request's scope has its `Exchange`.
+EXCHANGE = "eagle_target.exchange"
 
 # The first class an error is an instance of decides; status and last part of the type.
 PROBLEMS: tuple[tuple[type[EagleTargetError], int, str], ...] = (
@@ -41,7 +45,21 @@ PROBLEMS: tuple[tuple[type[EagleTargetError], int, str], ...] = (
 )
 
 
-def problem(status: int, name: str, detail: str, *, retry_after: float | None = None, close: bool = False) -> Response:
+class Problem(Response):
+    """A problem document. name: last part of its type."""
+
+    def __init__(self, name: str, status: int, body: str, headers: dict[str, str]) -> None:
+        super().__init__(body, status, headers, media_type=PROBLEM_TYPE)
+        self.name = name
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it, and say so to whoever observes the exchange."""
+        if EXCHANGE in scope:
+            scope[EXCHANGE].problem = self.name
+        await super().__call__(scope, receive, send)
+
+
+def problem(status: int, name: str, detail: str, *, retry_after: float | None = None, close: bool = False) -> Problem:
     """Make a problem response.
 
     Args:
@@ -53,10 +71,10 @@ def problem(status: int, name: str, detail: str, *, retry_after: float | None = 
     if retry_after is not None:
         body["retry_after"] = retry_after
         headers["Retry-After"] = str(math.ceil(retry_after))
-    return Response(json.dumps(body), status, headers, media_type=PROBLEM_TYPE)
+    return Problem(name, status, json.dumps(body), headers)
 
 
-def problem_of(error: Exception) -> Response:
+def problem_of(error: Exception) -> Problem:
     """The problem response for an error; anything unexpected is logged and told as `internal`, without details."""
     if isinstance(error, ServerError):
         close = error.status in (408, 411, 413)

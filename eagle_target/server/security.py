@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import ipaddress
 import logging
 import ssl
@@ -22,7 +23,10 @@ logger = logging.getLogger(__name__)
 # A supervisor's probes carry no token; what they are told is in docs/protocol.md.
 OPEN_PATHS = (protocol.HEALTH, protocol.READY)
 AUTHORIZED = "eagle_target.authorized"
-SCHEME = "bearer "
+BEARER = "bearer"
+# A browser cannot be told to send a bearer token: for the status page, and for it alone, the token may be a password.
+BASIC = "basic"
+BASIC_CHALLENGE = 'Basic realm="eagle-target: the token as password", charset="UTF-8"'
 
 
 def open_tokens(config: ServerConfig) -> Tokens:
@@ -93,13 +97,30 @@ class TokenGate:
             return
         answer = problem(401, "unauthorized", "this server takes requests with a token of its own only", close=True)
         answer.headers["WWW-Authenticate"] = "Bearer"
+        if _is_page(scope):
+            # A header of its own: Chromium reads one challenge a header.
+            answer.headers.append("WWW-Authenticate", BASIC_CHALLENGE)
         await answer(scope, receive, send)
 
 
 def _token_of(scope: Scope) -> str:
     values = [value for name, value in scope["headers"] if name == b"authorization"]
-    text = values[0].decode("latin-1") if len(values) == 1 else ""
-    return text[len(SCHEME) :].strip() if text[: len(SCHEME)].lower() == SCHEME else ""
+    scheme, _, credentials = (values[0].decode("latin-1") if len(values) == 1 else "").partition(" ")
+    if scheme.lower() == BEARER:
+        return credentials.strip()
+    return _password_of(credentials.strip()) if scheme.lower() == BASIC and _is_page(scope) else ""
+
+
+def _password_of(credentials: str) -> str:
+    try:
+        text = base64.b64decode(credentials, validate=True).decode("utf-8")
+    except ValueError:
+        return ""
+    return text.partition(":")[2]
+
+
+def _is_page(scope: Scope) -> bool:
+    return bool(scope["path"] == protocol.STATUS and scope["method"] in ("GET", "HEAD"))
 
 
 def _no_password() -> str:

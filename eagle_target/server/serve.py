@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from eagle_target.errors import AdapterError, ConfigError
+from eagle_target.errors import ConfigError, EngineStuck
 from eagle_target.plugins import load_plugins
 from eagle_target.server.app import TargetApp
 from eagle_target.server.channels import Channels
 from eagle_target.server.connections import limited_connections
 from eagle_target.server.engine import TargetModelServer
+from eagle_target.server.exchanges import ObservedApp
+from eagle_target.server.exits import UnusedWatch
+from eagle_target.server.presence import PresenceGate
 from eagle_target.server.security import TokenGate, make_tls, open_tokens
 from eagle_target.targets import load_runner
 
@@ -36,6 +39,9 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.05
 # A trainer's step may take a while; its connections should be there for the next one.
 KEEP_ALIVE_SECONDS = 75
+# What an engine that does not return leaves to send the answers that say so, and to end in order.
+STUCK_SECONDS = 5.0
+STUCK_EXIT_SECONDS = 15.0
 # How long the engine's thread may take to end; it is a daemon and ends with the process at the latest.
 CLOSE_SECONDS = 30.0
 STOP_SECONDS = 1.0
@@ -77,13 +83,16 @@ class HttpServer:
             max_outbox_bytes=config.max_outbox_bytes,
             max_client_outbox_bytes=config.max_client_outbox_bytes,
             cache_bytes=config.cache_bytes,
+            max_restarts=config.max_restarts if config.on_engine_failure == "restart" else 0,
+            forward_timeout=config.forward_timeout,
+            client_lease=config.channel_lease,
         )
         self._app = TargetApp(self.engine, self._channels, config)
         self.port: int = self._socket.getsockname()[1]
         settings = uvicorn.Config(
-            TokenGate(self._app.asgi, tokens),
+            ObservedApp(TokenGate(PresenceGate(self._app.asgi, self.engine.clients), tokens), self._app.note_exchange),
             loop="auto",
-            http=limited_connections(config),
+            http=limited_connections(config, self._app.metrics.count_problem),
             ssl_context_factory=None if self._tls is None else partial(_given, self._tls),
             # Nothing between a client and the server is believed about who the client is.
             proxy_headers=False,
@@ -95,8 +104,10 @@ class HttpServer:
             timeout_graceful_shutdown=max(1, round(config.drain_timeout)),
         )
         self._uvicorn = _Uvicorn(settings)
+        self._app.metrics.watch_connections(lambda: len(self._uvicorn.server_state.connections))
         self._thread: threading.Thread | None = None
         self._hurried = False
+        self._last_resort: threading.Timer | None = None
 
     @property
     def url(self) -> str:
@@ -106,15 +117,19 @@ class HttpServer:
         return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     def run(self) -> None:
-        """Serve until SIGTERM or SIGINT; the first drains, a second one stops."""
+        """Serve until SIGTERM or SIGINT; the first drains, a second one stops.
+
+        Raises:
+            AdapterError: the target could not be loaded. EngineDead, EngineStuck: it served, and cannot go on.
+        """
         try:
             if self._config.port_file is not None:
                 _write_port(self._config.port_file, self.port)
             self.engine.start()
             with asyncio.Runner(loop_factory=self._uvicorn.config.get_loop_factory()) as runner:
                 runner.run(self._serve_process())
-            if self.engine.state == "failed":
-                raise AdapterError(f"cannot serve {self._config.model}: {self.engine.failure}")
+            if self.engine.ended_by is not None:
+                raise self.engine.ended_by(f"cannot serve {self._config.model}: {self.engine.failure}")
         finally:
             self.close()
 
@@ -139,6 +154,8 @@ class HttpServer:
         self.engine.close(STOP_SECONDS if self._hurried else CLOSE_SECONDS)
         self._channels.close()
         self._socket.close()
+        if self._last_resort is not None:
+            self._last_resort.cancel()
 
     def _run_on_thread(self) -> None:
         with asyncio.Runner(loop_factory=self._uvicorn.config.get_loop_factory()) as runner:
@@ -155,11 +172,14 @@ class HttpServer:
             watch.cancel()
 
     async def _serve(self) -> None:
-        drain = asyncio.get_running_loop().create_task(self._finish_drain())
+        loop = asyncio.get_running_loop()
+        unused = UnusedWatch(self.engine, self._config, active=lambda: self._app.active, drain=self.drain)
+        watches = [loop.create_task(self._finish_drain()), loop.create_task(unused.run())]
         try:
             await self._uvicorn.serve(sockets=[self._socket])
         finally:
-            drain.cancel()
+            for watch in watches:
+                watch.cancel()
 
     def _on_signal(self) -> None:
         if self._uvicorn.draining:
@@ -171,14 +191,28 @@ class HttpServer:
             self.drain()
 
     async def _watch_engine(self) -> None:
-        """Say when the target is ready, and stop when it failed."""
-        announced = False
-        while self.engine.state != "failed":
+        """Say when the target is ready, and stop when there is no engine to go on with."""
+        announced = 0
+        while self.engine.ended_by is None:
             await asyncio.sleep(POLL_SECONDS)
-            if not announced and self.engine.state == "ready":
-                announced = True
+            if announced < self.engine.loads and self.engine.state == "ready":
+                announced = self.engine.loads
                 self._announce()
+        if self.engine.ended_by is EngineStuck:
+            await self._leave_stuck_engine()
         self._uvicorn.should_exit = True
+
+    async def _leave_stuck_engine(self) -> None:
+        """Let the answers that say so out, and wait for nothing that may wait for the engine."""
+        # Not even for this thread, should it be held up from here on.
+        self._last_resort = threading.Timer(STUCK_EXIT_SECONDS, os._exit, (EngineStuck.exit_status,))
+        self._last_resort.daemon = True
+        self._last_resort.start()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STUCK_SECONDS):
+                while self._app.active:
+                    await asyncio.sleep(POLL_SECONDS)
+        self._hurried = self._uvicorn.force_exit = True
 
     async def _finish_drain(self) -> None:
         """Once draining, stop when everything under way is answered, or has had its time."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import subprocess
 import sys
@@ -11,9 +10,10 @@ from typing import TYPE_CHECKING, Protocol
 import pytest
 
 from eagle_target.cli.main import main
+from eagle_target.server import logs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
 
 
 class Command(Protocol):
@@ -44,9 +44,10 @@ def eagle_target() -> Command:
 
 
 @pytest.fixture
-def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., str]]:
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Run `eagle-target ARGUMENTS` in this process, which ends with status 1, and return its one line of error."""
-    handlers, level = logging.root.handlers[:], logging.root.level
+    # The log of this process is pytest's.
+    monkeypatch.setattr(logs, "configure_logging", lambda *_: None)
 
     def run(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["eagle-target", *arguments])
@@ -57,6 +58,4 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         assert lines[-1].startswith("error: ")
         return lines[-1]
 
-    yield run
-    logging.root.handlers[:] = handlers
-    logging.root.setLevel(level)
+    return run

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from .conftest import Command
 
+TOKEN = "correct-horse-battery-staple"
 QUICK = ["--batch", "2", "--seq", "32", "--rounds", "1", "--seconds", "0.05"]
 
 
@@ -46,6 +47,24 @@ def test_servers_are_measured_and_compared_and_advice_is_given(
     assert len(found["advice"]) == 4
     assert found["parity"][0]["within"] is True
     assert "<svg" in (tmp_path / "bench.html").read_text(encoding="utf-8")
+
+
+def test_servers_that_want_a_token_are_measured_and_compared_with_that_of_a_file(
+    eagle_target: Command, loopback_server: ServeOnLoopback, tmp_path: Path
+) -> None:
+    token_file = tmp_path / "token"
+    token_file.write_text(f"{TOKEN}\n", encoding="ascii")
+    one, other = (loopback_server(token_file=token_file) for _ in range(2))
+    asked = ["bench", "--target", f"one={one.url}", "--target", f"other={other.url}", *QUICK, "--transport", "wire"]
+    result = eagle_target(*asked, "--token-file", str(token_file), "--json", str(tmp_path / "bench.json"))
+
+    assert result.returncode == 0, result.stderr
+    assert "other against one: within the tolerances" in result.stdout
+    found: dict[str, Any] = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
+    assert [cell["problem"] for cell in found["cells"]] == [None, None]
+    # Looked at with the token, too.
+    assert all(cell["server_peak_mb"] > 0 for cell in found["cells"])
+    assert TOKEN not in f"{result.stdout}{result.stderr}{found}"
 
 
 def test_a_server_is_started_and_ended(eagle_target: Command, tiny_target: Path) -> None:
@@ -85,6 +104,8 @@ def test_bytes_of_known_models_are_shown(eagle_target: Command, tmp_path: Path) 
         (["--target", "a=b", "--advise"], "--advise needs --step-time"),
         (["--target", "a=b", "--launch-option", "dtype=float32"], "not of the form ENGINE:KEY=VALUE"),
         (["--target", "a=b", "--loss-ratio", "2"], "loss_ratio must be"),
+        (["--target", "a=b", "--token-file", "/no/such/token"], "/no/such/token"),
+        (["--target", "a=b", "--client-cert", "cert.pem"], "both client_cert and client_key"),
         (["--launch", "hf=python"], "--launch starts servers, which need --model"),
         (["--launch", "hf=/no/such/python", "--model", "m"], "/no/such/python cannot be run"),
     ],

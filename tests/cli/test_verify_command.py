@@ -52,6 +52,17 @@ def test_two_servers_that_differ_fail_with_the_worst_positions(
     assert eagle_target(*asked, *loose).returncode == 0
 
 
+def test_servers_that_want_a_token_are_compared_with_that_of_a_file(
+    eagle_target: Command, loopback_server: ServeOnLoopback, tmp_path: Path
+) -> None:
+    token_file = tmp_path / "token"
+    token_file.write_text("correct-horse-battery-staple\n", encoding="ascii")
+    one, other = (loopback_server(token_file=token_file).url for _ in range(2))
+    result = eagle_target("verify", one, "--reference", other, "--seq", "16", "--token-file", str(token_file))
+
+    assert result.returncode == 0, result.stderr
+
+
 def test_a_reference_that_cannot_be_is_refused(
     refused: Callable[..., str], loopback_server: ServeOnLoopback, tmp_path: Path
 ) -> None:

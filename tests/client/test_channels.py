@@ -98,7 +98,7 @@ def server() -> Iterator[HttpServer]:
 
 @contextlib.contextmanager
 def remote(server: HttpServer, transport: str, **options: Any) -> Iterator[RemoteEagle3TargetModel]:
-    options = {"encoding": "probs", "timeout": 30.0, **options}
+    options = {"encoding": "probs", "timeout": 30.0, "retry_timeout": 0.0, **options}
     with RemoteEagle3TargetModel.from_urls([server.url], transport=transport, **options) as target:
         target.set_vocab_mapping(mapping_of())
         yield target

@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 PATIENCE_SECONDS = 20.0
 
 
-def dispatcher(*urls: str, max_retries: int = 3, timeout: float = 10.0) -> Dispatcher:
+def dispatcher(*urls: str, max_retries: int = 3, timeout: float = 10.0, retry_timeout: float = 0.0) -> Dispatcher:
     peers = [cast("Peer", SimpleNamespace(url=url)) for url in urls]
-    return Dispatcher(peers, max_retries=max_retries, timeout=timeout)
+    return Dispatcher(peers, max_retries=max_retries, timeout=timeout, retry_timeout=retry_timeout)
 
 
 @pytest.fixture
@@ -194,6 +194,7 @@ RETRYABLE: list[tuple[EagleTargetError, bool, bool]] = [
     (RequestTooLarge("x", status=413), False, False),
     (ServerError("x", status=404, problem="not-found"), False, False),
     (ServerError("x", status=409, problem="unknown-channel"), False, False),
+    (ServerError("x", status=409, problem="unknown-vocab-mapping"), True, True),
     (ContractError("x"), False, False),
     (VocabMappingError("x"), False, False),
     (ConfigError("x"), False, False),
@@ -235,3 +236,51 @@ def test_stopping_wakes_whoever_waits_for_a_server() -> None:
         error = waiting.exception(PATIENCE_SECONDS)
     assert isinstance(error, Overloaded)
     assert time.monotonic() - started < PATIENCE_SECONDS
+
+
+@pytest.mark.usefixtures("short_pauses")
+def test_servers_that_cannot_be_reached_are_asked_for_so_many_seconds() -> None:
+    chooser = dispatcher("a", "b", max_retries=0, retry_timeout=0.3)
+    ran, operation = failing(ConnectError("gone"), "a", "b")
+    started = time.monotonic()
+    with pytest.raises(ConnectError, match=r"gone \(gave up after \d+ attempts"):
+        chooser.run(operation)
+    assert 0.3 <= time.monotonic() - started < PATIENCE_SECONDS
+    assert {*ran} == {"a", "b"}
+    assert len(ran) > 4
+
+
+def test_a_pause_does_not_outlast_the_time_for_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "FIRST_PAUSE_SECONDS", 1000.0)
+    monkeypatch.setattr(dispatch, "LONGEST_PAUSE_SECONDS", 1000.0)
+    chooser = dispatcher("a", max_retries=0, retry_timeout=0.1)
+    ran, operation = failing(TransferTimeout("late"), "a")
+    with pytest.raises(TransferTimeout):
+        chooser.run(operation)
+    assert ran == ["a", "a"]
+
+
+@pytest.mark.usefixtures("short_pauses")
+@pytest.mark.parametrize("error", [ServerError("x", status=500), ProtocolError("x"), AdapterError("x")])
+def test_what_a_server_answers_is_not_waited_out(error: EagleTargetError) -> None:
+    chooser = dispatcher("a", max_retries=1, retry_timeout=PATIENCE_SECONDS)
+    ran, operation = failing(error, "a")
+    with pytest.raises(type(error)):
+        chooser.run(operation)
+    assert ran == ["a", "a"]
+
+
+def test_however_many_servers_fail_the_one_that_does_not_is_found() -> None:
+    chooser = dispatcher(*"abcdef", max_retries=0)
+    ran, operation = failing(ServerError("x", status=500), *"abcde")
+    assert chooser.run(operation) == "f"
+    assert sorted(ran) == [*"abcdef"]
+
+
+def test_health_is_told() -> None:
+    chooser = dispatcher("a", "b")
+    chooser.run(failing(ConnectError("gone"), "a")[1])
+    bad, good = (standing.health() for standing in chooser.standings)
+    assert 0 < bad.pop("paused_seconds") <= 1
+    assert bad == {"healthy": False, "failures": 1, "outstanding": 0, "last_error": "gone"}
+    assert good == {"healthy": True, "failures": 0, "paused_seconds": 0, "outstanding": 0, "last_error": None}

@@ -64,7 +64,8 @@ def server() -> Iterator[HttpServer]:
 
 @contextlib.contextmanager
 def remote(*urls: str, mapping: VocabMapping | None = None, **options: Any) -> Iterator[RemoteEagle3TargetModel]:
-    options = {"transport": "wire", "encoding": "probs", "timeout": 30.0, "ready_timeout": 30.0, **options}
+    usual = {"transport": "wire", "encoding": "probs", "timeout": 30.0, "ready_timeout": 30.0, "retry_timeout": 0.0}
+    options = {**usual, **options}
     with RemoteEagle3TargetModel.from_urls(urls, **options) as target:
         target.set_vocab_mapping(mapping or mapping_of())
         yield target
@@ -79,6 +80,16 @@ def test_batches_have_the_bits_of_the_co_located_target(server: HttpServer, tran
             expected = expected_batch(rows, encoding=encoding)
             assert_same_batch(target.generate_batch(**rows), expected)
             assert_same_batch(target.generate_batch_async(**rows).result(SOON_SECONDS), expected)
+
+
+@pytest.mark.parametrize("transport", ["wire", "inprocess"])
+def test_a_draft_of_the_whole_vocabulary_is_projected_here_alone(server: HttpServer, transport: str) -> None:
+    vocab_size = EmbeddingRunner().info.vocab_size
+    mapping = shuffled_mapping(vocab_size, vocab_size)
+    with remote(server.url, transport=transport, encoding="hidden") as target:
+        target.set_vocab_mapping(mapping)
+        rows = rows_of(1)
+        assert_same_batch(target.generate_batch(**rows), expected_batch(rows, mapping=mapping, encoding="hidden"))
 
 
 @pytest.mark.parametrize("probs_dtype", [torch.bfloat16, torch.float16])
@@ -103,6 +114,8 @@ def test_facts_about_the_target(server: HttpServer) -> None:
             "transports_refused": {},
             "fallbacks": 0,
             "healthy": True,
+            "failures": 0,
+            "paused_seconds": 0.0,
             "outstanding": 0,
             "last_error": None,
         }
@@ -521,7 +534,7 @@ def test_a_batch_that_waits_its_turn_can_be_cancelled() -> None:
             futures[-1].result(SOON_SECONDS)
 
 
-SERVER_THREADS = tuple(f"eagle-target-{name}" for name in ("http", "engine", "projection", "leases", "shm"))
+SERVER_THREADS = tuple(f"eagle-target-{name}" for name in ("http", "engine", "projection", "leases", "shm", "watchdog"))
 
 
 @pytest.mark.parametrize("transport", ["wire", "inprocess"])

@@ -38,7 +38,8 @@ HTTP_THREADS = 12
 
 
 def client(*urls: str, **options: Any) -> RemoteEagle3TargetModel:
-    options = {"transport": "nccl", "timeout": SOON_SECONDS, "ready_timeout": SOON_SECONDS, **options}
+    usual = {"transport": "nccl", "timeout": SOON_SECONDS, "ready_timeout": SOON_SECONDS, "retry_timeout": 0.0}
+    options = {**usual, **options}
     return RemoteEagle3TargetModel.from_urls(urls, encoding="logits", **options)
 
 

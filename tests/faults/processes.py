@@ -18,7 +18,7 @@ from tests.server.cases import PATIENCE_SECONDS, wait_until
 from tests.server.http import ask
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 # A target whose answers in encoding `logits` are larger than what sockets buffer.
 LARGE: dict[str, Any] = {"vocab_size": 20_000}
@@ -33,7 +33,7 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _serve(settings: Mapping[str, Any], runner: Mapping[str, Any]) -> None:
+def serve(settings: Mapping[str, Any], runner: Mapping[str, Any]) -> None:
     HttpServer(ServerConfig(model="fault", **settings), lambda: EmbeddingRunner(**runner)).run()
 
 
@@ -41,16 +41,21 @@ class ServerUnderFault:
     """A server's process on a port that it keeps when it is started again."""
 
     def __init__(self, runner: Mapping[str, Any] | None = None, **settings: Any) -> None:
-        self._runner = dict(runner or {})
+        self.runner = dict(runner or {})
         self.port = free_port()
         self._settings = {"port": self.port, **settings}
         self.url = f"http://127.0.0.1:{self.port}"
         self.start()
 
     def start(self) -> None:
-        self.process = CONTEXT.Process(target=_serve, args=(self._settings, self._runner), daemon=True)
+        target, arguments = self.program()
+        self.process = CONTEXT.Process(target=target, args=(*arguments, self._settings, self.runner), daemon=True)
         self.process.start()
         wait_until(self.is_ready, "the server")
+
+    def program(self) -> tuple[Callable[..., None], tuple[Any, ...]]:
+        """What the process runs, and the arguments before settings and runner."""
+        return serve, ()
 
     def is_ready(self) -> bool:
         assert self.process.is_alive(), f"the server ended with {self.process.exitcode}"

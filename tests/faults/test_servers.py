@@ -52,7 +52,7 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextlib.contextmanager
 def remote(*urls: str, **options: Any) -> Iterator[RemoteEagle3TargetModel]:
-    usual: dict[str, Any] = {"transport": "wire", "encoding": "probs", "timeout": SOON_SECONDS}
+    usual: dict[str, Any] = {"transport": "wire", "encoding": "probs", "timeout": SOON_SECONDS, "retry_timeout": 0.0}
     options = {"ready_timeout": SOON_SECONDS, **usual, **options}
     with RemoteEagle3TargetModel.from_urls(urls, **options) as target:
         if options.get("encoding") != "logits":

@@ -80,7 +80,9 @@ def test_the_command_refuses_to_stand_open(monkeypatch: pytest.MonkeyPatch, caps
     import sys
 
     from eagle_target.cli.main import main
+    from eagle_target.server import logs
 
+    monkeypatch.setattr(logs, "configure_logging", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["eagle-target", "serve", "--model", "m", "--host", "0.0.0.0", "--port", "0"])
     with pytest.raises(SystemExit):
         main()

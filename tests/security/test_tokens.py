@@ -54,6 +54,8 @@ ROUTES = [
     ("POST", protocol.SUPERVISION),
     ("POST", protocol.TRANSPORTS + "/inprocess/channels"),
     ("DELETE", protocol.TRANSPORTS + "/inprocess/channels/x"),
+    ("PUT", protocol.CLIENTS + "/x"),
+    ("DELETE", protocol.CLIENTS + "/x"),
     ("GET", "/nowhere"),
 ]
 

@@ -63,6 +63,28 @@ class TestRunner(EmbeddingRunner):
         return super().draft_head(token_ids)
 
 
+class HeadRunner(TestRunner):
+    """A runner whose head waits for `head_gate`; its call number n raises `head_errors[n]`."""
+
+    __test__ = False
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.head_gate = threading.Event()
+        self.head_gate.set()
+        self.head_errors: dict[int, BaseException] = {}
+        self.projecting = 0
+        self.head_threads: set[str] = set()
+
+    def compute_logits(self, last_hidden_states: torch.Tensor) -> torch.Tensor:
+        self.head_threads.add(threading.current_thread().name)
+        number = self.projecting = self.projecting + 1
+        assert self.head_gate.wait(30), "the test never opened the gate"
+        if number in self.head_errors:
+            raise self.head_errors[number]
+        return super().compute_logits(last_hidden_states)
+
+
 def wait_until(holds: Callable[[], object], what: str = "it", seconds: float = PATIENCE_SECONDS) -> None:
     """Poll until something holds."""
     deadline = time.monotonic() + seconds

@@ -301,7 +301,7 @@ def test_mappings_that_are_wrong_are_refused(url: str) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "status", "name"),
     [
-        ("GET", "/", 404, "not-found"),
+        ("GET", "/status", 404, "not-found"),
         ("GET", "/v2/target", 404, "not-found"),
         ("POST", "/v1/transports/wire", 404, "not-found"),
         ("GET", protocol.SUPERVISION, 405, "method-not-allowed"),
@@ -440,9 +440,9 @@ def test_the_metrics_count() -> None:
         wait_until(lambda: server.engine.waiting == 1)
         text = ask(server.url, "GET", protocol.METRICS).body.decode()
         for line in (
-            'eagle_target_requests_total{status="200"} 1.0',
-            'eagle_target_requests_total{status="400"} 1.0',
-            'eagle_target_requests_total{status="409"} 1.0',
+            'eagle_target_requests_total{outcome="answered",status="200"} 1.0',
+            'eagle_target_requests_total{outcome="malformed-body",status="400"} 1.0',
+            'eagle_target_requests_total{outcome="unknown-vocab-mapping",status="409"} 1.0',
             "eagle_target_tokens_total 4.0",
             f'eagle_target_sent_bytes_total{{transport="wire"}} {float(len(first.body))}',
             'eagle_target_stage_seconds_count{stage="forward"} 1.0',

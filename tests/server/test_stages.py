@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -16,7 +16,16 @@ from eagle_target.server.answers import Answer, HostMemory
 from eagle_target.server.engine import TargetModelServer
 from eagle_target.server.stages import DeviceOrder
 from eagle_target.testing.tiny import EmbeddingRunner
-from tests.server.cases import TestRunner, assert_same_tensors, engine, expected_of, held, request_of, wait_until
+from tests.server.cases import (
+    HeadRunner,
+    TestRunner,
+    assert_same_tensors,
+    engine,
+    expected_of,
+    held,
+    request_of,
+    wait_until,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,28 +34,6 @@ if TYPE_CHECKING:
     from eagle_target.supervision import SupervisionRequest
 
 PROJECTION_THREAD = "eagle-target-projection"
-
-
-class HeadRunner(TestRunner):
-    """A runner whose head waits for `head_gate`; its call number n raises `head_errors[n]`."""
-
-    __test__ = False
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.head_gate = threading.Event()
-        self.head_gate.set()
-        self.head_errors: dict[int, BaseException] = {}
-        self.projecting = 0
-        self.head_threads: set[str] = set()
-
-    def compute_logits(self, last_hidden_states: torch.Tensor) -> torch.Tensor:
-        self.head_threads.add(threading.current_thread().name)
-        number = self.projecting = self.projecting + 1
-        assert self.head_gate.wait(30), "the test never opened the gate"
-        if number in self.head_errors:
-            raise self.head_errors[number]
-        return super().compute_logits(last_hidden_states)
 
 
 class Supervising(EmbeddingRunner):

@@ -13,7 +13,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from eagle_target import errors
-from eagle_target.errors import AdapterError, EagleTargetError, ProtocolError
+from eagle_target.errors import AdapterError, EagleTargetError, EngineDead, ProtocolError
 from eagle_target_sglang.messages import receive_message, send_message, share
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class RankGroup:
         count: ranks. module: run as `python -m module SOCKET LIFELINE`, by default the engine's rank.
 
     Raises:
-        AdapterError: from any call, when a rank died or is missing; all of them are then ended.
+        EngineDead: from any call, when a rank died or is missing; all of them are then ended.
     """
 
     def __init__(self, count: int, module: str = RANK_MODULE) -> None:
@@ -69,10 +69,10 @@ class RankGroup:
         """Tell every rank the same, or each its own, and return what rank 0 answers once all have.
 
         Raises:
-            EagleTargetError: what a rank raised. AdapterError: a rank died, or failed and left the others waiting.
+            EagleTargetError: what a rank raised. EngineDead: a rank died, or failed and left the others waiting.
         """
         if self._failure is not None:
-            raise AdapterError(self._failure)
+            raise EngineDead(self._failure)
         each = [headers] * len(self._sockets) if not isinstance(headers, list | tuple) else list(headers)
         for rank, (peer, header) in enumerate(zip(self._sockets, each, strict=True)):
             try:
@@ -151,10 +151,10 @@ class RankGroup:
             "gone: load the target again"
         )
 
-    def _give_up(self, failure: str) -> AdapterError:
+    def _give_up(self, failure: str) -> EngineDead:
         self._failure = failure
         self._end(0.0)
-        return AdapterError(failure)
+        return EngineDead(failure)
 
     def _end(self, patience: float) -> None:
         deadline = time.monotonic() + patience

@@ -13,6 +13,7 @@ from eagle_target_sglang import SGLangAdapter, SGLangEagle3TargetModel, SGLangOp
 from eagle_target_sglang.isolated import IsolatedTargetRunner
 
 from eagle_target.errors import AdapterError, ConfigError, ContractError
+from eagle_target.runner import CapacityRunner
 from eagle_target.testing.adapter_oracle import HFOracle, assert_near, padded_input
 
 from .checkpoints import LAYERS, save_checkpoint
@@ -74,6 +75,11 @@ def check(runner: TargetRunner, oracle: HFOracle, rows: list[list[int]]) -> None
 
 def test_requests_wider_than_the_pools_are_split(small: TargetRunner, oracle: HFOracle) -> None:
     check(small, oracle, rows_of(90, 60, 3, 2, 1, 1, 1, 50))
+
+
+def test_the_pool_bounds_what_a_server_joins(small: TargetRunner) -> None:
+    assert isinstance(small, CapacityRunner)
+    assert small.token_capacity() == 96
 
 
 def test_after_a_refusal_the_next_capture_is_exact(small: TargetRunner, oracle: HFOracle) -> None:

@@ -16,7 +16,7 @@ import torch
 from eagle_target_sglang import ranks
 from eagle_target_sglang.ranks import RankGroup
 
-from eagle_target.errors import AdapterError, ContractError
+from eagle_target.errors import ContractError, EngineDead
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -75,12 +75,12 @@ def test_what_all_ranks_refuse_is_raised_and_they_go_on(group: RankGroup) -> Non
 def test_a_dead_rank_is_an_error_within_seconds(group: RankGroup, command: str, how: str) -> None:
     started = time.monotonic()
 
-    with pytest.raises(AdapterError, match=rf"rank 1 of 2 ended \({how}\)"):
+    with pytest.raises(EngineDead, match=rf"rank 1 of 2 ended \({how}\)"):
         group.call([{"command": "wait"}, {"command": command}])
 
     assert time.monotonic() - started < SECONDS
     wait_until_gone(group.pids)
-    with pytest.raises(AdapterError, match="the engine is gone"):
+    with pytest.raises(EngineDead, match="the engine is gone"):
         group.call({"command": "echo"})
 
 
@@ -89,14 +89,14 @@ def test_a_rank_killed_between_calls_is_an_error_of_the_next(group: RankGroup) -
     os.kill(group.pids[1], signal.SIGKILL)
     wait_until_gone(group.pids[1:])
 
-    with pytest.raises(AdapterError, match="rank 1 of 2 ended"):
+    with pytest.raises(EngineDead, match="rank 1 of 2 ended"):
         group.call({"command": "echo"})
 
 
 def test_a_rank_that_fails_alone_ends_those_that_wait_for_it(group: RankGroup, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "GRACE_SECONDS", 1.0)
 
-    with pytest.raises(AdapterError, match=r"rank 1: not like this; ranks \[0\] did not answer"):
+    with pytest.raises(EngineDead, match=r"rank 1: not like this; ranks \[0\] did not answer"):
         group.call([{"command": "wait"}, {"command": "raise"}])
 
     wait_until_gone(group.pids)
@@ -107,7 +107,7 @@ def test_close_twice_leaves_no_process(group: RankGroup) -> None:
     group.close()
 
     wait_until_gone(group.pids)
-    with pytest.raises(AdapterError, match="closed"):
+    with pytest.raises(EngineDead, match="closed"):
         group.call({"command": "echo"})
 
 

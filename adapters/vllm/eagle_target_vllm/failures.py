@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from eagle_target import engine_failures
-from eagle_target.errors import AdapterError
+from eagle_target.errors import AdapterError, EngineDead
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,6 +25,7 @@ def engine_call(what: str, version: str) -> Iterator[None]:
 
     Raises:
         AdapterError: the engine failed, with its message kept; out of memory names the options to change.
+        EngineDead: its processes are gone.
     """
     with engine_failures.engine_call(
         what, engine=lambda: f"vLLM {version}", memory_remedy=_memory_remedy, memory_words=_MEMORY_WORDS
@@ -35,7 +36,7 @@ def engine_call(what: str, version: str) -> Iterator[None]:
             raise AdapterError(f"vLLM {version} ended in {what}: its log says why") from error
         except Exception as error:
             if is_dead(error):
-                raise AdapterError(
+                raise EngineDead(
                     f"vLLM {version} died in {what}: its log says why ({type(error).__name__}). Restart the server; "
                     f"if it ran out of memory, {FORWARD_REMEDY}"
                 ) from error

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import vllm
 
-from eagle_target.errors import AdapterError
+from eagle_target.errors import AdapterError, EngineDead
 from eagle_target.info import TargetInfo
 from eagle_target.layers import validate_aux_layer_ids
 from eagle_target.runner import DraftHead, TargetForward
@@ -143,6 +143,11 @@ class VLLMTargetRunner:
         block.release()
         return block.tensor(logits).to(self._info.device)
 
+    def token_capacity(self) -> int | None:
+        """See `CapacityRunner`: tokens of the KV cache, which more than that would wait for inside the engine."""
+        cache = self._open().vllm_config.cache_config
+        return int(cache.num_gpu_blocks) * int(cache.block_size) if cache.num_gpu_blocks else None
+
     def input_embedding_weight(self) -> torch.Tensor:
         """See `TargetRunner.input_embedding_weight`; a copy, on the CPU.
 
@@ -258,7 +263,7 @@ class VLLMTargetRunner:
         if self._engine is None:
             raise AdapterError(f"the target {self._info.model} is closed: load it again")
         if self._failure is not None:
-            raise AdapterError(self._failure)
+            raise EngineDead(self._failure)
         return self._engine
 
     @contextmanager
@@ -274,7 +279,7 @@ class VLLMTargetRunner:
                 self._failure = (
                     f"a worker of vLLM {vllm.__version__} died in {what}, its log says why: restart the server"
                 )
-                raise AdapterError(self._failure) from error
+                raise EngineDead(self._failure) from error
             raise
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import psutil
 import pytest
-import urllib3
 
 from eagle_target.client.remote import RemoteEagle3TargetModel
-from eagle_target.errors import EagleTargetError
+from eagle_target.errors import EngineDead, Unavailable
 from eagle_target.testing.adapter_oracle import HFOracle, check_batch, padded_input
 from eagle_target.testing.server import server_process
 from eagle_target.testing.tiny import shuffled_mapping
@@ -36,13 +34,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(checkpoint: Path) -> Iterator[ServerProcess]:
     arguments = ["--engine", "vllm", "--model", str(checkpoint), "--aux-layer-ids", "0,3,7"]
-    arguments += ["-o", "tensor_parallel_size=2", "-o", "capture=connector", "-o", "kv_cache_memory_bytes=134217728"]
+    arguments += ["--on-engine-failure", "exit", "-o", "tensor_parallel_size=2", "-o", "capture=connector"]
+    arguments += ["-o", "kv_cache_memory_bytes=134217728"]
     # Traced and fixed as a compiled model is; inductor's minutes are left to test_connector.
     with server_process(arguments, environment={"VLLM_CPU_CI_ENV": "1"}, ready_timeout=180.0) as running:
         yield running
-        children = psutil.Process(running.process.pid).children(recursive=True)
-        for child in children:
-            child.kill()
 
 
 def test_supervision_of_two_clients_is_transformers(server: ServerProcess, checkpoint: Path) -> None:
@@ -69,17 +65,17 @@ def test_supervision_of_two_clients_is_transformers(server: ServerProcess, check
             result.result(120.0)
 
 
-def test_z_a_server_whose_worker_died_is_degraded(server: ServerProcess) -> None:
+def test_z_a_server_whose_worker_died_ends_with_all_its_processes(server: ServerProcess) -> None:
     given = padded_input([9, 4], ODD_VOCAB)
     children = psutil.Process(server.process.pid).children(recursive=True)
     max(children, key=lambda child: child.memory_info().rss).kill()
-    started = time.monotonic()
 
-    with RemoteEagle3TargetModel.from_urls([server.url], encoding="logits", timeout=60.0) as client:  # noqa: SIM117
-        with pytest.raises(EagleTargetError, match="died"):
+    with RemoteEagle3TargetModel.from_urls(  # noqa: SIM117
+        [server.url], encoding="logits", timeout=60.0, max_retries=0, retry_timeout=0.0
+    ) as client:
+        with pytest.raises(Unavailable, match=r"the server is failed: .*died"):
             client.generate_batch(**given.arguments())
 
-    assert time.monotonic() - started < 30
-    answer = urllib3.request("GET", f"{server.url}/ready", retries=False)
-    print(answer.status, answer.data)
-    assert b"degraded" in answer.data
+    assert server.process.wait(60.0) == EngineDead.exit_status
+    _, alive = psutil.wait_procs(children, timeout=30.0)
+    assert not alive

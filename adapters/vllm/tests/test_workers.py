@@ -11,7 +11,8 @@ import torch
 from eagle_target_vllm import VLLMAdapter, VLLMOptions
 
 from eagle_target.colocated import RunnerEagle3TargetModel
-from eagle_target.errors import AdapterError
+from eagle_target.errors import EngineDead
+from eagle_target.runner import CapacityRunner
 from eagle_target.testing.adapter_oracle import HFOracle, check_batch, padded_input
 from eagle_target.testing.tiny import shuffled_mapping
 
@@ -54,6 +55,13 @@ def test_chunked_float32_is_transformers(runner: TargetRunner, checkpoint: Path)
 
     print(f"worst absolute difference {worst:.1e}")
     assert worst <= 5e-5
+
+
+def test_the_kv_cache_bounds_what_a_server_joins(runner: TargetRunner) -> None:
+    assert isinstance(runner, CapacityRunner)
+    capacity = runner.token_capacity()
+    assert capacity is not None
+    assert 256 <= capacity < 64 << 20
 
 
 @pytest.mark.parametrize("encoding", ["probs", "logits"])
@@ -107,7 +115,7 @@ def test_z_a_dead_worker_is_told_within_seconds(runner: TargetRunner) -> None:
     started = time.monotonic()
 
     for _ in range(2):
-        with pytest.raises(AdapterError, match="died"):
+        with pytest.raises(EngineDead, match="died"):
             runner.forward_eagle3(torch.tensor([1, 2, 3]), [3])
 
     assert time.monotonic() - started < 20

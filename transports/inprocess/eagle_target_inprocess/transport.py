@@ -145,7 +145,7 @@ class InProcessClientChannel(ClientChannel):
         body.readinto(memoryview(text))
         try:
             transfer_id = str(json.loads(text)["transfer_id"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ProtocolError(f"the answer names no transfer: {bytes(text)!r}") from error
         tensors, metadata = self._shelf.take(transfer_id)
         for name, tensor in tensors.items():
