@@ -41,7 +41,7 @@ demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 	$(MAKE) test-vllm test-sglang test-engines
 
 test-core: $(READY)

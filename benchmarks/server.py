@@ -7,6 +7,7 @@ Two random Llamas in float32, both with a vocabulary of 32 000 that is also the 
 transfer   hidden 256, 8 layers, 4 x 512 tokens: a batch weighs much and takes little to make
 compute    hidden 768, 12 layers, 4 x 256 tokens: the forward is most of it
 
+Threads that wait do not spin (`OMP_WAIT_POLICY=passive`), on any side: a server and a trainer share the cores here.
 Every token bears loss. A contender's clients are processes of their own with two batches on their way, and the time
 runs from batch to batch. Four clients are given four times as long, so that each has as many batches. Contenders take
 turns, round after round, in an order that moves on; figures are medians of the rounds, ratios are of medians. The
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 from contextlib import ExitStack
@@ -258,6 +260,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="rounds that count (default %(default)s)")
     parser.add_argument("--seconds", type=float, default=4.0, help="of a contender's round (default %(default)s)")
     arguments = parser.parse_args()
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     print_result(run(arguments.rounds, arguments.seconds))
 
 

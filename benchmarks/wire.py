@@ -16,8 +16,8 @@ call and in pieces of 4 MiB, because which is faster depends on how the system p
 buffer` is the latter with memory that is new for each batch, which a client that keeps no memory pays for, the
 reference among them. `vs_socket` compares with the fastest of the three.
 
-`one batch held` keeps the last batch alive while it waits for the next, as a trainer that prefetches one batch ahead
-does. CPU seconds are both processes' together: what is left where other work takes the cores. `hidden` is this
+Every answer has a checksum, which both ends take of all its bytes; `no checksum` leaves it out. `one batch held` keeps
+the last batch alive while it waits for the next, as a trainer that prefetches one batch ahead does. CPU seconds are both processes' together: what is left where other work takes the cores. `hidden` is this
 project's compact encoding, shown for its bytes: its time is the client's product with the draft's rows of the head,
 so it has no place in the ratios.
 """
@@ -164,6 +164,8 @@ def run(rounds: int) -> dict[str, Any]:
         their_client = start("reference", "client", url_of(their_server), python=python)
         ours = Contender("ours", our_server, our_client, 3, {"hold": 0})
         ours_held = Contender("ours, one batch held", our_server, our_client, 3, {"hold": 1})
+        unchecked_client = start("ours", "client", url_of(our_server), "--no-checksum")
+        unchecked = Contender("ours, no checksum", our_server, unchecked_client, 3, {"hold": 0})
         reference = Contender(f"reference {VERSION}", their_server, their_client, 2, {"hold": 0})
         ours.run(2, counted=False)
         reference.run(1, counted=False)
@@ -183,8 +185,8 @@ def run(rounds: int) -> dict[str, Any]:
                 ("raw socket, fresh buffer", True, PIECE_BYTES),
             )
         ]
-        contenders = [sockets[0], ours, reference, sockets[1], ours_held, sockets[2]]
-        for contender in (*sockets, ours_held):
+        contenders = [sockets[0], ours, reference, sockets[1], unchecked, ours_held, sockets[2]]
+        for contender in (*sockets, unchecked, ours_held):
             contender.run(2, counted=False)
         for number in range(rounds):
             turn = number % len(contenders)
@@ -196,13 +198,15 @@ def run(rounds: int) -> dict[str, Any]:
     with contextlib.ExitStack() as processes:
         hidden = measure_hidden(processes)
     best_socket = max(sockets, key=lambda contender: contender.gbps)
-    show([ours, ours_held, hidden, reference, *sockets], memory, best_socket, reference)
+    show([ours, unchecked, ours_held, hidden, reference, *sockets], memory, best_socket, reference)
     return {
         "wire_gbps": ours.gbps,
         "reference_gbps": reference.gbps,
         "socket_gbps": best_socket.gbps,
         "vs_reference": ours.gbps / reference.gbps,
         "vs_socket": ours.gbps / best_socket.gbps,
+        "checksum_seconds": ours.median_seconds - unchecked.median_seconds,
+        "vs_unchecked": ours.gbps / unchecked.gbps,
         "held_gbps": ours_held.gbps,
         "held_vs_socket": ours_held.gbps / best_socket.gbps,
         "fresh_socket_gbps": sockets[-1].gbps,

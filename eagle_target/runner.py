@@ -134,6 +134,19 @@ class CapacityRunner(Protocol):
 
 
 @runtime_checkable
+class WatchedRunner(Protocol):
+    """What a runner has whose engine runs in other processes: they may end while nobody asks for anything."""
+
+    def check_alive(self) -> None:
+        """Return at once if the engine's processes are there. Asked while there is no work.
+
+        Raises:
+            EngineDead: one of them is gone.
+        """
+        ...
+
+
+@runtime_checkable
 class PaddingRunner(Protocol):
     """What a runner has that pads."""
 

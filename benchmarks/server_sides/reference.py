@@ -52,10 +52,17 @@ class Client:
         self._inputs: Inputs = ()
 
     def connect(
-        self, url: str, transport: str, encoding: str, workload: dict[str, Any], seed: int, device: str
+        self,
+        url: str,
+        transport: str,
+        encoding: str,
+        workload: dict[str, Any],
+        seed: int,
+        device: str,
+        access: dict[str, Any],
     ) -> dict[str, Any]:
-        """Connect and take a batch to warm up. There is one transport and one encoding."""
-        del transport, encoding
+        """Connect and take a batch to warm up. There is one transport and one encoding, and no access control."""
+        del transport, encoding, access
         forget_peak()
         self._workload = Workload(**workload)
         self._target = RemoteEagle3TargetModel.from_urls([url], device=device)

@@ -36,9 +36,14 @@ def run_server(*, with_head: bool) -> None:
     server.close()
 
 
-def run_client(url: str, encoding: str) -> None:
+def run_client(url: str, encoding: str, *, checksum: bool) -> None:
     """Ask one server for batches until there are no more commands."""
-    target = RemoteEagle3TargetModel.from_urls([url], transport="wire", encoding=encoding)  # type: ignore[arg-type]
+    target = RemoteEagle3TargetModel.from_urls(
+        [url],
+        transport="wire",
+        encoding=encoding,  # type: ignore[arg-type]
+        checksum=checksum,
+    )
     target.set_vocab_mapping(VocabMapping.from_ids(prepared.selected_token_ids(), prepared.VOCAB))
     inputs = prepared.make_trainer_inputs()
 
@@ -69,11 +74,12 @@ def main() -> None:
     client = commands.add_parser("client")
     client.add_argument("url")
     client.add_argument("--encoding", default="probs")
+    client.add_argument("--no-checksum", action="store_true")
     arguments = parser.parse_args()
     if arguments.command == "server":
         run_server(with_head=arguments.with_head)
     else:
-        run_client(arguments.url, arguments.encoding)
+        run_client(arguments.url, arguments.encoding, checksum=not arguments.no_checksum)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 from eagle_target.errors import AdapterError, EagleTargetError, EngineDead, ServerError
 from eagle_target.info import ServedTarget
 from eagle_target.layers import validate_aux_layer_ids
-from eagle_target.runner import CapacityRunner, ConcurrentHeadRunner, SupervisingRunner
+from eagle_target.runner import CapacityRunner, ConcurrentHeadRunner, SupervisingRunner, WatchedRunner
 from eagle_target.server.answering import AnswerStage
 from eagle_target.server.answers import HostMemory
 from eagle_target.server.forwards import Forwarded, ForwardStage
@@ -164,6 +164,8 @@ class EngineLife:
             stages.forwards.run(work)
         else:
             stages.memory.trim()
+            if work is not None and isinstance(runner, WatchedRunner):
+                runner.check_alive()
         return work is not None
 
     def _room(self, runner: TargetRunner) -> int:

@@ -164,7 +164,7 @@ def test_the_work_of_a_client_that_went_away_is_skipped(how: str) -> None:
                 if how == "half-close":
                     connection.shutdown(socket.SHUT_WR)
                     assert read_until_closed(connection) == b""
-            gone = f'requests_total{{status="499"}} {number + 1}.0'
+            gone = f'requests_total{{outcome="client-gone",status="499"}} {number + 1}.0'
             wait_until(lambda line=gone: line in ask(server.url, "GET", protocol.METRICS).body.decode())  # type: ignore[misc]
             last = pool.submit(ask, server.url, "POST", protocol.SUPERVISION, body_of(request_of([5])))
             wait_until(lambda: server.engine.waiting == 2)
@@ -189,7 +189,7 @@ def test_a_full_queue_is_an_error_for_one_and_a_wait_for_the_other() -> None:
         answer = ask(server.url, "POST", protocol.SUPERVISION, body_of(request_of([3])))
         assert_problem(answer, 503, "queue-full", "the queue holds 1", retry_after="1")
         batches = [target.generate_batch_async(**rows_of(seed)) for seed in range(3)]
-        refused = 'requests_total{status="503"} 1.0'
+        refused = 'requests_total{outcome="queue-full",status="503"} 1.0'
         wait_until(lambda: refused not in ask(server.url, "GET", protocol.METRICS).body.decode(), "a second refusal")
         runner.gate.set()
         for seed, batch in enumerate(batches):

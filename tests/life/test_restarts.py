@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from eagle_target.errors import AdapterError, EngineDead, Unavailable
-from eagle_target.server import restarts
+from eagle_target.server import job_queue, restarts
 from eagle_target.server.engine import TargetModelServer
 from tests.server.cases import (
     HeadRunner,
@@ -96,6 +96,25 @@ def test_an_engine_that_is_dead_is_loaded_again_and_everything_else_is_kept() ->
         assert (server.failure, server.ended_by, server.restarts, load.count) == (None, None, 1, 2)
         assert first.closed
         assert not second.closed
+
+
+def test_an_engine_that_dies_while_nobody_asks_is_loaded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_queue, "IDLE_SECONDS", 0.05)
+
+    class Watched(TestRunner):
+        death: EngineDead | None = None
+
+        def check_alive(self) -> None:
+            if self.death is not None:
+                raise self.death
+
+    first, second = Watched(), Watched()
+    with engine(Loads(first, second), max_restarts=1) as server:
+        assert_serves(server)
+        first.death = EngineDead("its process is gone")
+        wait_until(lambda: server.restarts == 1 and server.state == "ready")
+        assert_serves(server)
+        assert (first.closed, second.closed) == (True, False)
 
 
 def test_a_joined_forward_that_kills_the_engine_is_not_tried_request_by_request() -> None:

@@ -115,6 +115,10 @@ class IsolatedTargetRunner:
         """See `CapacityRunner`: one prefill fills the KV pool at most; more would be several."""
         return self.limits.tokens
 
+    def check_alive(self) -> None:
+        """See `WatchedRunner.check_alive`."""
+        self._group.check_alive()
+
     def input_embedding_weight(self) -> torch.Tensor:
         """See `TargetRunner.input_embedding_weight`; a copy."""
         _, given = self._group.call({"command": "embedding"})

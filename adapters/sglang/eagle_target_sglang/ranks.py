@@ -81,6 +81,12 @@ class RankGroup:
                 raise self._give_up(self._describe_end(rank)) from None
         return self._collect()
 
+    def check_alive(self) -> None:
+        """See `WatchedRunner.check_alive`; ends the others where one is gone."""
+        if self._failure is not None:
+            raise EngineDead(self._failure)
+        self._check_alive({})
+
     def close(self) -> None:
         """Ask every rank to end, then end those that did not. Safe to call twice."""
         for peer in self._sockets:

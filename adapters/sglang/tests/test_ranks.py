@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).resolve().parent
 # Far less than the ten minutes that a rank waits here.
-SECONDS = 8.0
+SECONDS = 60.0
 
 
 @pytest.fixture
@@ -91,6 +91,16 @@ def test_a_rank_killed_between_calls_is_an_error_of_the_next(group: RankGroup) -
 
     with pytest.raises(EngineDead, match="rank 1 of 2 ended"):
         group.call({"command": "echo"})
+
+
+def test_a_rank_killed_while_nobody_calls_is_noticed_when_asked(group: RankGroup) -> None:
+    group.check_alive()
+    os.kill(group.pids[1], signal.SIGKILL)
+    wait_until_gone(group.pids[1:])
+
+    for _ in range(2):
+        with pytest.raises(EngineDead, match="rank 1 of 2 ended"):
+            group.check_alive()
 
 
 def test_a_rank_that_fails_alone_ends_those_that_wait_for_it(group: RankGroup, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,10 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, Any
 
+import vllm
 from vllm import SamplingParams
 
+from eagle_target.errors import AdapterError
 from eagle_target_vllm.capture import REQUEST_KEY
 
 if TYPE_CHECKING:
@@ -50,16 +52,32 @@ def step_until(engine: LLMEngine, is_complete: Callable[[], bool], *, timeout: f
             time.sleep(POLL_SECONDS)
 
 
-def has_lost_process(engine: LLMEngine) -> bool:
-    """Whether an engine that has just failed misses one of its processes."""
+def has_lost_process(engine: LLMEngine, *, patience: float = DEATH_SECONDS) -> bool:
+    """Whether an engine misses one of its processes; one that has just failed may take `patience` seconds to know."""
     executor = getattr(engine, "model_executor", None)
     if executor is not None:
         return bool(getattr(executor, "is_failed", False))
     resources = getattr(engine.engine_core, "resources", None)
-    deadline = time.monotonic() + DEATH_SECONDS
+    deadline = time.monotonic() + patience
     while not getattr(resources, "engine_dead", False) and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
     return bool(getattr(resources, "engine_dead", False))
+
+
+def check_outcome(outcome: dict[str, Any]) -> None:
+    """Refuse what the workers captured where something is missing.
+
+    Raises:
+        AdapterError: names what.
+    """
+    if outcome["problem"]:
+        raise AdapterError(f"vLLM {vllm.__version__} gave no hidden states: {outcome['problem']}")
+    if outcome["shortfall"]:
+        index, captured, length = outcome["shortfall"][0]
+        raise AdapterError(
+            f"vLLM {vllm.__version__} computed {captured} of the {length} tokens of sequence {index} "
+            f"({len(outcome['shortfall'])} sequences are short): give engine_args that change no prompt"
+        )
 
 
 def _prompt(ids: list[int]) -> Any:

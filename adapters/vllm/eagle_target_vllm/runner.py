@@ -18,7 +18,7 @@ from eagle_target.runner import DraftHead, TargetForward
 from eagle_target_vllm.blocks import BlockPool
 from eagle_target_vllm.connector import state_ids
 from eagle_target_vllm.failures import engine_call, is_dead
-from eagle_target_vllm.feeding import has_lost_process, run_sequences, step_until
+from eagle_target_vllm.feeding import check_outcome, has_lost_process, run_sequences, step_until
 from eagle_target_vllm.inline import INLINE_LOCK
 from eagle_target_vllm.loading import end_engine
 from eagle_target_vllm.memory import Layout, SharedBlock
@@ -148,6 +148,12 @@ class VLLMTargetRunner:
         cache = self._open().vllm_config.cache_config
         return int(cache.num_gpu_blocks) * int(cache.block_size) if cache.num_gpu_blocks else None
 
+    def check_alive(self) -> None:
+        """See `WatchedRunner.check_alive`."""
+        if has_lost_process(self._open(), patience=0.0):
+            self._failure = f"a process of vLLM {vllm.__version__} died, its log says why: restart the server"
+            raise EngineDead(self._failure)
+
     def input_embedding_weight(self) -> torch.Tensor:
         """See `TargetRunner.input_embedding_weight`; a copy, on the CPU.
 
@@ -202,18 +208,8 @@ class VLLMTargetRunner:
         except BaseException:
             self._give_up()
             raise
-        self._check_outcome(outcome)
+        check_outcome(outcome)
         return {"forward": forwarded - started, "projection": time.perf_counter() - forwarded}
-
-    def _check_outcome(self, outcome: dict[str, Any]) -> None:
-        if outcome["problem"]:
-            raise AdapterError(f"vLLM {vllm.__version__} gave no hidden states: {outcome['problem']}")
-        if outcome["shortfall"]:
-            index, captured, length = outcome["shortfall"][0]
-            raise AdapterError(
-                f"vLLM {vllm.__version__} computed {captured} of the {length} tokens of sequence {index} "
-                f"({len(outcome['shortfall'])} sequences are short): give engine_args that change no prompt"
-            )
 
     def _give_up(self) -> None:
         try:

@@ -12,7 +12,7 @@ from eagle_target_vllm import VLLMAdapter, VLLMOptions
 
 from eagle_target.colocated import RunnerEagle3TargetModel
 from eagle_target.errors import EngineDead
-from eagle_target.runner import CapacityRunner
+from eagle_target.runner import CapacityRunner, WatchedRunner
 from eagle_target.testing.adapter_oracle import HFOracle, check_batch, padded_input
 from eagle_target.testing.tiny import shuffled_mapping
 
@@ -108,6 +108,8 @@ def test_bfloat16_of_two_workers_is_no_further_from_float32_than_transformers(tm
 
 
 def test_z_a_dead_worker_is_told_within_seconds(runner: TargetRunner) -> None:
+    assert isinstance(runner, WatchedRunner)
+    runner.check_alive()
     runner.set_aux_layers(AUX)
     children = psutil.Process().children(recursive=True)
     workers = [child for child in children if "worker" in child.name().lower()] or children[-1:]
@@ -118,4 +120,6 @@ def test_z_a_dead_worker_is_told_within_seconds(runner: TargetRunner) -> None:
         with pytest.raises(EngineDead, match="died"):
             runner.forward_eagle3(torch.tensor([1, 2, 3]), [3])
 
+    with pytest.raises(EngineDead, match="died"):
+        runner.check_alive()
     assert time.monotonic() - started < 20

@@ -69,12 +69,16 @@ class PairGroup(ABC):
             TransferTimeout, ConnectError, ProtocolError: the group is of no use any more.
         """
         ours, theirs = self._mark(number, length), self._mark(0, 0)
+        works: list[Any] = []
         try:
-            works = [self._send(message, number, DATA) for message in messages]
+            works += [self._send(message, number, DATA) for message in messages]
             works.append(self._send(ours, number, TAIL))
             self._wait_all(self._receive(theirs, number, ACKNOWLEDGEMENT), works, deadline)
         except RuntimeError as error:
             raise self._error(number, deadline, error) from without_frames(error)
+        finally:
+            # They hold the connection, and whoever keeps the error keeps this frame.
+            works.clear()
         self._compare(theirs, ours)
 
     def pull(self, messages: Sequence[torch.Tensor], number: int, length: int, deadline: float) -> None:
@@ -84,13 +88,16 @@ class PairGroup(ABC):
             TransferTimeout, ConnectError, ProtocolError: as `push`.
         """
         ours, theirs = self._mark(number, length), self._mark(0, 0)
+        works: list[Any] = []
         try:
-            works = [self._receive(message, number, DATA) for message in messages]
+            works += [self._receive(message, number, DATA) for message in messages]
             self._wait_all(self._receive(theirs, number, TAIL), works, deadline)
             self._compare(theirs, ours)
             self._wait(self._send(ours, number, ACKNOWLEDGEMENT), deadline)
         except RuntimeError as error:
             raise self._error(number, deadline, error) from without_frames(error)
+        finally:
+            works.clear()
 
     def abort(self) -> None:
         """End whatever waits in the group, here and at the other end. Safe to call twice."""
@@ -105,14 +112,11 @@ class PairGroup(ABC):
     @abstractmethod
     def _wait(self, work: Any, deadline: float) -> None: ...
 
-    def _wait_all(self, last: Any, works: list[Any], deadline: float) -> None:
-        """Wait for what comes last, and then for the rest, which is over by then; hold on to none of it."""
-        try:
-            self._wait(last, deadline)
-            for work in works:
-                self._wait(work, deadline)
-        finally:
-            works.clear()
+    def _wait_all(self, last: Any, works: Sequence[Any], deadline: float) -> None:
+        """Wait for what comes last, and then for the rest, which is over by then."""
+        self._wait(last, deadline)
+        for work in works:
+            self._wait(work, deadline)
 
     def _send(self, message: torch.Tensor, number: int, kind: int) -> Any:
         return self._open_group().send([message], self._peer, _tag(number, kind))
