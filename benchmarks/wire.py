@@ -17,9 +17,10 @@ buffer` is the latter with memory that is new for each batch, which a client tha
 reference among them. `vs_socket` compares with the fastest of the three.
 
 Every answer has a checksum, which both ends take of all its bytes; `no checksum` leaves it out. `one batch held` keeps
-the last batch alive while it waits for the next, as a trainer that prefetches one batch ahead does. CPU seconds are both processes' together: what is left where other work takes the cores. `hidden` is this
-project's compact encoding, shown for its bytes: its time is the client's product with the draft's rows of the head,
-so it has no place in the ratios.
+the last batch alive while it waits for the next, as a trainer that prefetches one batch ahead does. CPU seconds are
+both processes' together: what is left where other work takes the cores. `hidden` is this project's compact encoding,
+shown for its bytes: its time is the client's product with the draft's rows of the head, so it has no place in the
+ratios.
 """
 
 from __future__ import annotations
