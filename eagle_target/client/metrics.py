@@ -1,0 +1,73 @@
+"""Prometheus metrics of one client, for the trainer's own registry. docs/reliability.md has the table of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from prometheus_client.metrics_core import Metric
+
+    from eagle_target.client.remote import RemoteEagle3TargetModel
+
+PREFIX = "eagle_target_client"
+
+
+class ClientMetrics(Collector):
+    """Each server's health and what has travelled, as `model_info` tells them; reading them asks no server.
+
+    `prometheus_client.REGISTRY.register(ClientMetrics(target))` exports them beside the trainer's metrics.
+
+    Args:
+        target: the client.
+    """
+
+    def __init__(self, target: RemoteEagle3TargetModel) -> None:
+        self._target = target
+
+    def collect(self) -> Iterator[Metric]:
+        """All metrics as they are now."""
+        info = self._target.model_info()
+        yield from _of_servers(info["servers"])
+        yield from _of_traffic(info["traffic"])
+
+
+def _of_servers(servers: list[dict[str, Any]]) -> Iterator[Metric]:
+    gauges = {
+        "healthy": ("server_healthy", "1 if the server's last request went well, or none was asked yet."),
+        "failures": ("server_failures_in_a_row", "Requests that failed since the last one that went well."),
+        "paused_seconds": ("server_paused_seconds", "Until the server is tried again."),
+        "outstanding": ("server_outstanding_requests", "Requests under way."),
+    }
+    for field, (name, text) in gauges.items():
+        gauge = GaugeMetricFamily(f"{PREFIX}_{name}", text, labels=["url", "transport"])
+        for server in servers:
+            gauge.add_metric([server["url"], server["transport"]], float(server[field]))
+        yield gauge
+    fallbacks = CounterMetricFamily(
+        f"{PREFIX}_fallbacks", "Times a transport broke and another was taken.", labels=["url"]
+    )
+    for server in servers:
+        fallbacks.add_metric([server["url"]], server["fallbacks"])
+    yield fallbacks
+
+
+def _of_traffic(traffic: dict[str, Any]) -> Iterator[Metric]:
+    counters = {
+        "requests": ("requests", "Batches that were answered."),
+        "tokens": ("tokens", "Tokens supervised."),
+        "bytes_received": ("received_bytes", "Answers, in HTTP bodies and beside them."),
+        "retries": ("retries", "Attempts that were made again."),
+        "hedges": ("hedges", "Requests that were also asked for on another server."),
+        "hedges_won": ("hedges_won", "Hedges that were answered first."),
+    }
+    for field, (name, text) in counters.items():
+        yield CounterMetricFamily(f"{PREFIX}_{name}", text, value=traffic[field])
+    stages = CounterMetricFamily(f"{PREFIX}_stage_seconds", "Where requests' time went.", labels=["stage"])
+    for stage, seconds in traffic["seconds"].items():
+        stages.add_metric([stage], seconds)
+    yield stages
