@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
 
+KEPT_FORWARDS = 1000
+
 
 def save_tiny_target(
     path: str | os.PathLike[str],
@@ -94,7 +96,7 @@ class EmbeddingRunner:
         concurrent_head: whether it says that `compute_logits` may run beside a forward; it may.
 
     Attributes:
-        forwards: `seq_lens` of each forward, in order. closed: whether `close` was called.
+        forwards: `seq_lens` of the latest `KEPT_FORWARDS` forwards, in order. closed: whether `close` was called.
     """
 
     def __init__(
@@ -168,6 +170,7 @@ class EmbeddingRunner:
             raise AdapterError("two threads are in EmbeddingRunner.forward_eagle3: a runner takes one at a time")
         try:
             self.forwards.append(tuple(seq_lens))
+            del self.forwards[:-KEPT_FORWARDS]
             if self._delay:
                 time.sleep(self._delay)
             states = [self._run_sequence(ids) for ids in torch.split(input_ids, list(seq_lens))]
