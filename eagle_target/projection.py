@@ -74,14 +74,12 @@ def project_full(
             continue
         best = logits.argmax(dim=-1)
         top_ids.write(start, best)
-        draft_probs: torch.Tensor | None = None
+        softmax: torch.Tensor | None = None
         if probs is not None and mapping is not None:
             draft_probs = scratch.draft_softmax(logits, mapping)
             probs.write(start, draft_probs)
-        if draft_probs is not None and mapping is not None and mapping.is_identity:
-            logsumexp.write(start, logsumexp_of_softmax(logits, draft_probs, best))
-        else:
-            logsumexp.write(start, scratch.logsumexp(logits, best))
+            softmax = draft_probs if mapping.is_identity else None
+        logsumexp.write(start, scratch.logsumexp(logits, best, softmax))
         # Two tiles would be alive while the head makes the next one.
         del logits
 
@@ -170,8 +168,10 @@ class _Scratch:
             columns = torch.index_select(logits, 1, mapping.selected_token_ids, out=self._columns[:count])
         return torch.softmax(columns, dim=-1, dtype=torch.float32, out=self._probs[:count])
 
-    def logsumexp(self, logits: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
-        """float32 `[tile]` from `[tile, vocab]`, a block of rows at a time."""
+    def logsumexp(self, logits: torch.Tensor, best: torch.Tensor, softmax: torch.Tensor | None) -> torch.Tensor:
+        """float32 `[tile]` from `[tile, vocab]`: of a softmax that is there, or a block of rows at a time."""
+        if softmax is not None:
+            return logsumexp_of_softmax(logits, softmax, best)
         count, width = logits.shape
         if self._exp is None:
             on_cpu = logits.device.type == "cpu"

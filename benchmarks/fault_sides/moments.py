@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import os
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
 from eagle_target_nccl.groups import PairGroup
 
-from benchmarks.fault_sides.tally import SOON_SECONDS, Tally, client
+from benchmarks.fault_sides.tally import Tally, client
 from eagle_target.client.staging import StagedSink
-from eagle_target.errors import BenchmarkError
-from tests.faults.processes import CONTEXT
+from tests.faults.processes import PausedTrainer, take_batch
 
 if TYPE_CHECKING:
-    import signal
     from collections.abc import Callable, Iterator
     from multiprocessing.connection import Connection
 
-# Logits of 128 tokens, of which a server with a vocabulary of 20 000 makes 10 MB.
-ROWS = {name: torch.ones(4, 32, dtype=torch.int64) for name in ("input_ids", "attention_mask", "loss_mask")}
 MOMENTS = ("before", "during", "after")
 
 
@@ -60,48 +56,11 @@ def in_a_transfer(transport: str, action: Callable[[], object]) -> Iterator[None
 
 
 def _train(url: str, transport: str, moment: str, parent: Connection) -> None:
-    def pause() -> None:
-        parent.send("here")
-        parent.recv()
-
     torch.set_num_threads(1)
     with client(url, transport=transport, tally=Tally()) as target:
-        if moment == "before":
-            pause()
-        with in_a_transfer(transport, pause if moment == "during" else lambda: None):
-            batch = target.generate_batch(**ROWS)
-        if moment == "after":
-            pause()
-        if batch.logits is not None:
-            parent.send(float(batch.logits.double().sum()))
+        take_batch(target, moment, parent, partial(in_a_transfer, transport))
 
 
-class Trainer:
-    """A trainer in a process of its own that has come to a moment of its first transfer, and waits there."""
-
-    def __init__(self, url: str, transport: str, moment: str) -> None:
-        self._pipe, child = CONTEXT.Pipe()
-        self._process = CONTEXT.Process(target=_train, args=(url, transport, moment, child), daemon=True)
-        self._process.start()
-        child.close()
-        self.hear()
-
-    def hear(self) -> Any:
-        """What it says next."""
-        if not self._pipe.poll(SOON_SECONDS):
-            raise BenchmarkError("nothing was heard of a trainer's process")
-        return self._pipe.recv()
-
-    def go_on(self) -> None:
-        """Past the moment."""
-        self._pipe.send("go on")
-
-    def signal(self, number: signal.Signals) -> None:
-        """As `kill` does."""
-        os.kill(int(self._process.pid or 0), number)
-
-    def end(self) -> None:
-        """Wait for its end."""
-        self._process.join(SOON_SECONDS)
-        self._process.close()
-        self._pipe.close()
+def trainer_at(moment: str, url: str, transport: str) -> PausedTrainer:
+    """A trainer that has come to a moment of its first transfer, in a process of its own."""
+    return PausedTrainer(_train, url, transport, moment)

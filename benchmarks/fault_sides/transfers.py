@@ -8,13 +8,13 @@ import signal
 import time
 from typing import TYPE_CHECKING, Literal
 
-from benchmarks.fault_sides.moments import MOMENTS, ROWS, Trainer, in_a_transfer
+from benchmarks.fault_sides.moments import MOMENTS, in_a_transfer, trainer_at
 from benchmarks.fault_sides.tally import Fault, Tally, client
 from eagle_target import protocol
 from eagle_target.colocated import RunnerEagle3TargetModel
 from eagle_target.testing.tiny import EmbeddingRunner
 from tests.client.stub import Received, encode, stub
-from tests.faults.processes import LARGE, ServerUnderFault, faulty_server
+from tests.faults.processes import LARGE, ROWS, ServerUnderFault, faulty_server, total_of
 from tests.faults.proxy import proxied
 from tests.server.http import ask
 
@@ -95,7 +95,7 @@ class Plays:
         def play(tally: Tally, rounds: int) -> None:
             with self._server() as server, self._client(server.url, tally=tally) as bystander:
                 for _ in range(rounds):
-                    trainer = Trainer(server.url, self._transport, moment)
+                    trainer = trainer_at(moment, server.url, self._transport)
                     trainer.signal(signal.SIGKILL)
                     trainer.end()
                     tally.take(lambda: bystander.generate_batch(**ROWS), self._expected)
@@ -104,11 +104,10 @@ class Plays:
 
     def stopped_trainer(self, tally: Tally, rounds: int) -> None:
         """SIGSTOP a trainer in the middle of a transfer; it gets its batch when it goes on."""
-        logits = self._expected.logits
-        total = 0.0 if logits is None else float(logits.double().sum())
+        total = total_of(self._expected.logits)
         with self._server() as server, self._client(server.url, tally=tally) as bystander:
             for _ in range(rounds):
-                trainer = Trainer(server.url, self._transport, "during")
+                trainer = trainer_at("during", server.url, self._transport)
                 trainer.signal(signal.SIGSTOP)
                 trainer.go_on()
                 tally.take(lambda: bystander.generate_batch(**ROWS), self._expected)

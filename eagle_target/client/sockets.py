@@ -40,35 +40,32 @@ class OpenSockets:
                 shut_down(connected)
 
 
-class DirectConnection(HTTPConnection):
-    """A connection that keeps http.client's own object behind its last answer.
+class _KeepsAnswer:
+    """Keeps http.client's own object behind a connection's last answer.
 
     That reads from the socket straight into a buffer, where urllib3's `readinto` makes a bytes object and copies it.
     """
 
     answer: http.client.HTTPResponse | None = None
 
-    def response_class(self, *args: Any, **options: Any) -> http.client.HTTPResponse:  # type: ignore[override]
+    def response_class(self, *args: Any, **options: Any) -> http.client.HTTPResponse:
         """Make the answer; http.client calls this where it has a class by default."""
         self.answer = http.client.HTTPResponse(*args, **options)
         return self.answer
 
 
-class SecureConnection(HTTPSConnection):
-    """A `DirectConnection` over TLS."""
+class DirectConnection(_KeepsAnswer, HTTPConnection):  # type: ignore[misc]
+    """A connection whose answers are read without a copy."""
 
-    answer: http.client.HTTPResponse | None = None
 
-    def response_class(self, *args: Any, **options: Any) -> http.client.HTTPResponse:  # type: ignore[override]
-        """Make the answer."""
-        self.answer = http.client.HTTPResponse(*args, **options)
-        return self.answer
+class SecureConnection(_KeepsAnswer, HTTPSConnection):  # type: ignore[misc]
+    """The same over TLS."""
 
 
 def source_of(answer: urllib3.BaseHTTPResponse) -> http.client.HTTPResponse | urllib3.BaseHTTPResponse:
     """Where to read an answer's body from with the fewest copies."""
     connection = answer.connection
-    direct = connection.answer if isinstance(connection, DirectConnection | SecureConnection) else None
+    direct = connection.answer if isinstance(connection, _KeepsAnswer) else None
     return answer if direct is None else direct
 
 

@@ -14,11 +14,10 @@ import torch
 from eagle_target_nccl.groups import PairGroup
 
 from eagle_target.client.remote import RemoteEagle3TargetModel
-from tests.faults.processes import CONTEXT, ServerUnderFault
+from tests.faults.processes import ROWS, PausedTrainer, ServerUnderFault, take_batch
 from tests.server.cases import wait_until
 
 if TYPE_CHECKING:
-    import signal
     from collections.abc import Callable, Iterator
     from multiprocessing.connection import Connection
 
@@ -27,8 +26,6 @@ SOON_SECONDS = 30.0
 SLACK_BYTES = 150 << 20
 # Of the 5 messages that carry one batch.
 HALF_WAY = 2
-# Logits of 128 tokens, of which a server with a vocabulary of 20 000 makes 10 MB.
-ROWS = {name: torch.ones(4, 32, dtype=torch.int64) for name in ("input_ids", "attention_mask", "loss_mask")}
 # The store's, of the server with itself.
 KEPT_CONNECTIONS = 2
 # The system call that takes a file of another process; Python has no function for it.
@@ -59,51 +56,15 @@ def halfway(action: Callable[[], object], *, after: int = HALF_WAY) -> Iterator[
         yield
 
 
-def _run_client(url: str, moment: str, parent: Connection) -> None:
-    def pause() -> None:
-        parent.send("here")
-        parent.recv()
-
+def _train(url: str, moment: str, parent: Connection) -> None:
     torch.set_num_threads(1)
     with client(url) as target:
-        if moment == "before":
-            pause()
-        with halfway(pause if moment == "during" else lambda: None):
-            batch = target.generate_batch(**ROWS)
-        if moment == "after":
-            pause()
-        parent.send(total_of(batch.logits))
+        take_batch(target, moment, parent, halfway)
 
 
-def total_of(logits: torch.Tensor | None) -> float:
-    assert logits is not None
-    return float(logits.double().sum())
-
-
-class ClientProcess:
-    """A trainer that has come to a moment of its first transfer, and waits there to be told to go on."""
-
-    def __init__(self, url: str, moment: str) -> None:
-        self._pipe, child = CONTEXT.Pipe()
-        self._process = CONTEXT.Process(target=_run_client, args=(url, moment, child), daemon=True)
-        self._process.start()
-        child.close()
-        assert self.hear() == "here"
-
-    def hear(self) -> Any:
-        assert self._pipe.poll(SOON_SECONDS), "nothing was heard of the client"
-        return self._pipe.recv()
-
-    def go_on(self) -> None:
-        self._pipe.send("go on")
-
-    def signal(self, number: signal.Signals) -> None:
-        os.kill(int(self._process.pid or 0), number)
-
-    def end(self) -> None:
-        self._process.join(SOON_SECONDS)
-        self._process.close()
-        self._pipe.close()
+def trainer_at(moment: str, url: str) -> PausedTrainer:
+    """A trainer that has come to a moment of its first transfer."""
+    return PausedTrainer(_train, url, moment)
 
 
 class Footprint:

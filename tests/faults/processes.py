@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import gc
 import multiprocessing
+import os
 import socket
 import threading
 from typing import TYPE_CHECKING, Any
 
 import psutil
+import torch
 
 from eagle_target.config import ServerConfig
 from eagle_target.server.serve import HttpServer
@@ -18,10 +20,18 @@ from tests.server.cases import PATIENCE_SECONDS, wait_until
 from tests.server.http import ask
 
 if TYPE_CHECKING:
+    import signal
     from collections.abc import Callable, Iterator, Mapping
+    from contextlib import AbstractContextManager
+    from multiprocessing.connection import Connection
+
+    from eagle_target.client.remote import RemoteEagle3TargetModel
 
 # A target whose answers in encoding `logits` are larger than what sockets buffer.
 LARGE: dict[str, Any] = {"vocab_size": 20_000}
+
+# Logits of 128 tokens, of which such a target makes 10 MB.
+ROWS = {name: torch.ones(4, 32, dtype=torch.int64) for name in ("input_ids", "attention_mask", "loss_mask")}
 
 # Forked from a process that has imported torch already, and runs no threads.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -109,3 +119,59 @@ def nothing_left_behind() -> Iterator[None]:
     gc.collect()
     wait_until(lambda: {*threading.enumerate()} <= threads, f"the end of threads beyond {threads}")
     wait_until(lambda: process.num_fds() <= fds, f"no more than {fds} open files")
+
+
+def take_batch(
+    target: RemoteEagle3TargetModel,
+    moment: str,
+    parent: Connection,
+    in_a_transfer: Callable[[Callable[[], object]], AbstractContextManager[None]],
+) -> None:
+    """Take a batch and tell its total; wait before, during or after it until told to go on."""
+
+    def pause() -> None:
+        parent.send("here")
+        parent.recv()
+
+    if moment == "before":
+        pause()
+    with in_a_transfer(pause if moment == "during" else lambda: None):
+        batch = target.generate_batch(**ROWS)
+    if moment == "after":
+        pause()
+    parent.send(total_of(batch.logits))
+
+
+def total_of(logits: torch.Tensor | None) -> float:
+    assert logits is not None
+    return float(logits.double().sum())
+
+
+class PausedTrainer:
+    """A process that does `train(*arguments, pipe)` up to a moment of `take_batch`, and waits there."""
+
+    def __init__(self, train: Callable[..., None], *arguments: str) -> None:
+        self._pipe, child = CONTEXT.Pipe()
+        self._process = CONTEXT.Process(target=train, args=(*arguments, child), daemon=True)
+        self._process.start()
+        child.close()
+        assert self.hear() == "here"
+
+    def hear(self) -> Any:
+        """What it says next."""
+        assert self._pipe.poll(PATIENCE_SECONDS), "nothing was heard of a trainer's process"
+        return self._pipe.recv()
+
+    def go_on(self) -> None:
+        """Past the moment."""
+        self._pipe.send("go on")
+
+    def signal(self, number: signal.Signals) -> None:
+        """As `kill` does."""
+        os.kill(int(self._process.pid or 0), number)
+
+    def end(self) -> None:
+        """Wait for its end."""
+        self._process.join(PATIENCE_SECONDS)
+        self._process.close()
+        self._pipe.close()

@@ -15,8 +15,8 @@ from eagle_target.colocated import RunnerEagle3TargetModel
 from eagle_target.errors import ConnectError, TransferTimeout, TransportError
 from eagle_target.testing.tiny import EmbeddingRunner
 from tests.client.batches import assert_same_batch
-from tests.faults.nccl_ends import ROWS, ClientProcess, Footprint, client, cut, group_connections, halfway, total_of
-from tests.faults.processes import LARGE, ServerUnderFault, faulty_server, free_port
+from tests.faults.nccl_ends import Footprint, client, cut, group_connections, halfway, trainer_at
+from tests.faults.processes import LARGE, ROWS, ServerUnderFault, faulty_server, free_port, total_of
 from tests.server.cases import wait_until
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def test_clients_that_are_killed(server: ServerUnderFault, expected: Eagle3Targe
     footprint = Footprint(server)
     with client(server.url) as bystander:
         for _ in range(ROUNDS):
-            victim = ClientProcess(server.url, moment)
+            victim = trainer_at(moment, server.url)
             victim.signal(signal.SIGKILL)
             victim.end()
             assert_same_batch(bystander.generate_batch(**ROWS), expected)
@@ -82,7 +82,7 @@ def test_clients_that_stop_receiving_for_longer_than_the_deadline(
     footprint = Footprint(server)
     with client(server.url) as bystander:
         for _ in range(ROUNDS // at_a_time):
-            stopped = [ClientProcess(server.url, "during") for _ in range(at_a_time)]
+            stopped = [trainer_at("during", server.url) for _ in range(at_a_time)]
             for each in stopped:
                 each.signal(signal.SIGSTOP)
                 each.go_on()

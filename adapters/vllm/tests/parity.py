@@ -107,6 +107,15 @@ def relative_frobenius(given: torch.Tensor, expected: torch.Tensor) -> float:
     return float((given - expected).norm() / expected.norm())
 
 
+def assert_no_further(given: States, rounded: States, exact: States) -> None:
+    """A runner's states are no further from the exact ones than those that transformers rounds."""
+    for name in ("aux", "last", "logits"):
+        ours = relative_frobenius(getattr(given, name), getattr(exact, name))
+        theirs = relative_frobenius(getattr(rounded, name), getattr(exact, name))
+        print(f"{name}: relative Frobenius {ours:.2e}, of transformers {theirs:.2e}")
+        assert ours <= theirs
+
+
 def mean_kl(given: torch.Tensor, expected: torch.Tensor) -> float:
     """Mean over rows of KL(expected || given) of the softmax of `[rows, vocab]` logits."""
     return float(

@@ -13,6 +13,7 @@ from eagle_target.testing.tiny import shuffled_mapping
 
 from .models import LAYOUTS, SOFT_CAP, VOCAB, save_model
 from .parity import (
+    assert_no_further,
     count_unlike_masks,
     draw_sequences,
     mean_kl,
@@ -105,11 +106,7 @@ def test_bfloat16_is_no_further_from_float32_than_transformers(tmp_path: Path) -
     exact = run_transformers(checkpoint, sequences, AUX, torch.float32)
     rounded = run_transformers(checkpoint, sequences, AUX, torch.bfloat16)
 
-    for name in ("aux", "last", "logits"):
-        ours = relative_frobenius(getattr(given, name), getattr(exact, name))
-        theirs = relative_frobenius(getattr(rounded, name), getattr(exact, name))
-        print(f"{name}: relative Frobenius {ours:.2e}, of transformers {theirs:.2e}")
-        assert ours <= theirs
+    assert_no_further(given, rounded, exact)
     ours, theirs = mean_kl(given.logits, exact.logits), mean_kl(rounded.logits, exact.logits)
     print(f"mean KL {ours:.2e}, of transformers {theirs:.2e}")
     assert ours <= theirs

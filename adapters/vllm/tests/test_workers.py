@@ -17,7 +17,7 @@ from eagle_target.testing.adapter_oracle import HFOracle, check_batch, padded_in
 from eagle_target.testing.tiny import shuffled_mapping
 
 from .models import save_model
-from .parity import draw_sequences, relative_frobenius, run_engine, run_transformers
+from .parity import assert_no_further, draw_sequences, run_engine, run_transformers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -100,11 +100,7 @@ def test_bfloat16_of_two_workers_is_no_further_from_float32_than_transformers(tm
     exact = run_transformers(checkpoint, sequences, AUX, torch.float32)
     rounded = run_transformers(checkpoint, sequences, AUX, torch.bfloat16)
 
-    for name in ("aux", "last", "logits"):
-        ours = relative_frobenius(getattr(given, name), getattr(exact, name))
-        theirs = relative_frobenius(getattr(rounded, name), getattr(exact, name))
-        print(f"{name}: relative Frobenius {ours:.2e}, of transformers {theirs:.2e}")
-        assert ours <= theirs
+    assert_no_further(given, rounded, exact)
 
 
 def test_z_a_dead_worker_is_told_within_seconds(runner: TargetRunner) -> None:
