@@ -26,6 +26,16 @@ ROUNDING_BYTES = 2 << 20
 SPARE_PART = 4
 
 
+def trim_heap() -> bool:
+    """Give the system what is free in the C library's heap; False where the library cannot.
+
+    glibc keeps one heap a thread, and of each up to twice the largest block (32 MiB) that was ever allocated: with the
+    tiles of a large vocabulary some 64 MB for every thread that makes them. Source: mallopt(3), malloc_trim(3).
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    return trim is not None and bool(trim(0))
+
+
 class BufferPool:
     """Allocates tensors whose memory comes back when the last tensor that shares it is gone.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from eagle_target.buffers import trim_heap
 from eagle_target.errors import AdapterError, EagleTargetError, EngineDead, ServerError
 from eagle_target.info import ServedTarget
 from eagle_target.layers import validate_aux_layer_ids
@@ -162,8 +163,9 @@ class EngineLife:
                 # A single part larger than what fits now: what the second stage holds is freed first.
                 stages.second.wait_until_idle()
             stages.forwards.run(work)
+            stages.is_at_rest = False
         else:
-            stages.memory.trim()
+            stages.rest()
             if work is not None and isinstance(runner, WatchedRunner):
                 runner.check_alive()
         return work is not None
@@ -245,6 +247,14 @@ class _Stages:
         self.forwards = forwards
         self.second = second
         self.memory = memory
+        self.is_at_rest = False
+
+    def rest(self) -> None:
+        """Give back the memory that the work so far has left free; called again and again while there is none."""
+        self.memory.trim()
+        if not self.is_at_rest:
+            trim_heap()
+            self.is_at_rest = True
 
     def close(self) -> None:
         """Answer what was run, and let go of the memory."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import platform
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from eagle_target.buffers import ROUNDING_BYTES, SMALL_BYTES, BufferPool
+from eagle_target.buffers import ROUNDING_BYTES, SMALL_BYTES, BufferPool, trim_heap
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -201,3 +202,18 @@ def test_memory_that_nothing_uses_for_a_while_goes() -> None:
     assert pool.idle_bytes == ROUNDING_BYTES
     pool.trim(0)
     assert pool.idle_bytes == 0
+
+
+def test_free_memory_of_the_heap_goes() -> None:
+    if platform.libc_ver()[0] != "glibc":
+        assert not trim_heap()
+        return
+    process = psutil.Process()
+    # Blocks below the size that is mapped by itself; the last one keeps the others from the end of the heap.
+    blocks = [bytearray(64 << 10) for _ in range(2_000)]
+    last = blocks.pop()
+    before = process.memory_info().rss
+    blocks.clear()
+    trim_heap()
+    assert process.memory_info().rss < before - (64 << 20)
+    assert not any(last)
