@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 BATCHES_A_ROUND = 4
 OUTAGE_SECONDS = 0.5
+STUCK_SECONDS = 0.3
 # Until an engine is loaded again: 1 outside of here.
 RESTART_SECONDS = 0.05
 DELAY = {"delay": 0.002}
@@ -50,6 +51,12 @@ def faults() -> Iterator[Fault]:
     for transport in ("wire", "shm", "nccl"):
         yield Fault("server's wall clock jumps by days", transport, _clock(transport), "nothing")
     yield Fault("engine's process killed under prefetch", "wire", _killed_engine, "a pause while it is loaded again")
+    yield Fault(
+        f"a forward never returns, `forward_timeout` = {STUCK_SECONDS} s; another server is left",
+        "wire",
+        _stuck_forward,
+        "a retry, logged; the server exits",
+    )
     yield Fault("one request of a joined forward breaks it", "wire", _poison, "others nothing")
     yield Fault("more mappings in use than a server keeps", "wire", _crowded, "uploads again")
 
@@ -179,6 +186,16 @@ def _killed_engine(tally: Tally, rounds: int) -> None:
     ):
         for _ in range(rounds):
             run.go_on(then=fleet.loaded[-1].kill)
+
+
+def _stuck_forward(tally: Tally, rounds: int) -> None:
+    with faulty_server(DELAY) as good, faulty_server({"delay": 3600}, forward_timeout=STUCK_SECONDS) as stuck:
+        for _ in range(rounds):
+            with _running(stuck.url, good.url, tally=tally) as run:
+                run.go_on()
+            # Ended by itself, and started again as its supervisor would.
+            tally.wrong += stuck.join() is None
+            stuck.start()
 
 
 def _poison(tally: Tally, rounds: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import psutil
 import pytest
 import torch
 
@@ -16,6 +17,8 @@ from .checkpoints import save_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from eagle_target.testing.server import ServerProcess
 
 pytestmark = [pytest.mark.engine_sglang, pytest.mark.filterwarnings("default")]
 
@@ -30,10 +33,15 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> HFOracle:
 
 
 @pytest.fixture(scope="module")
-def url(oracle: HFOracle) -> Iterator[str]:
+def server(oracle: HFOracle) -> Iterator[ServerProcess]:
     model = ["--engine", "sglang", "--model", str(oracle.model.name_or_path), "-o", "in_process=false"]
-    with server_process([*model, "--aux-layer-ids", "7,0,4"], ready_timeout=240.0) as server:
-        yield server.url
+    with server_process([*model, "--aux-layer-ids", "7,0,4"], ready_timeout=240.0) as running:
+        yield running
+
+
+@pytest.fixture
+def url(server: ServerProcess) -> str:
+    return server.url
 
 
 @pytest.mark.parametrize("encoding", ["probs", "hidden"])
@@ -73,3 +81,25 @@ def test_masks_are_those_of_transformers_except_at_ties(url: str, oracle: HFOrac
         assert torch.equal(masks[clear], mapping.selected_token_mask[logits.argmax(dim=1)][clear]), f"row {row}"
         compared += int(clear.sum())
     assert compared > 0.99 * sum(length - 1 for length in lengths), "too many ties for a comparison"
+
+
+def test_z_a_rank_killed_under_a_prefetch_costs_a_pause(server: ServerProcess, oracle: HFOracle) -> None:
+    ranks = psutil.Process(server.process.pid).children(recursive=True)
+    mapping = shuffled_mapping(oracle.vocab_size, 300)
+    inputs = [padded_input([33, 5, 80], oracle.vocab_size, seed=step) for step in range(4)]
+    with RemoteEagle3TargetModel.from_urls([server.url], transport="wire", timeout=240.0) as client:
+        client.set_vocab_mapping(mapping)
+        batches = client.prefetch([given.arguments() for given in inputs], depth=2)
+        for number, (given, batch) in enumerate(zip(inputs, batches, strict=True)):
+            check_batch(
+                batch.tensors(),
+                given,
+                oracle,
+                aux_layer_ids=AUX,
+                selected_token_ids=mapping.selected_token_ids.tolist(),
+                tolerance=1e-4,
+            )
+            if number == 0:
+                max(ranks, key=lambda rank: rank.memory_info().rss).kill()
+    _, alive = psutil.wait_procs(ranks, timeout=30.0)
+    assert not alive
