@@ -60,9 +60,10 @@ class Client:
         seed: int,
         device: str,
         access: dict[str, Any],
+        clients: int,
     ) -> dict[str, Any]:
-        """Connect and take a batch to warm up. There is one transport and one encoding, and no access control."""
-        del transport, encoding, access
+        """Connect and take a batch to warm up. One transport, one encoding, no access control, no second client."""
+        del transport, encoding, access, clients
         forget_peak()
         self._workload = Workload(**workload)
         self._target = RemoteEagle3TargetModel.from_urls([url], device=device)

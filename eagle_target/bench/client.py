@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from eagle_target.bench.loop import time_batches
 from eagle_target.bench.processes import answer_commands, forget_peak, memory
 from eagle_target.bench.workload import Workload
@@ -24,6 +26,7 @@ class Client:
         self._target: RemoteEagle3TargetModel | None = None
         self._workload = Workload()
         self._inputs: Inputs = ()
+        self._threads = torch.get_num_threads()
 
     def connect(
         self,
@@ -34,10 +37,15 @@ class Client:
         seed: int,
         device: str = "cpu",
         access: AccessFiles | None = None,
+        clients: int = 1,
     ) -> dict[str, Any]:
-        """Connect and take a batch to warm up; answers `error` where that does not work."""
+        """Connect and take a batch to warm up; answers `error` where that does not work.
+
+        clients: that measure on this machine at the same time; each has its share of the cores, as ranks of one job do.
+        """
         self.disconnect()
         forget_peak()
+        torch.set_num_threads(max(1, self._threads // clients))
         self._workload = Workload(**workload)
         try:
             self._target = RemoteEagle3TargetModel.from_urls(

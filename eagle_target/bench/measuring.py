@@ -182,6 +182,7 @@ class Measurement:
             seed=seed,
             device=self._device,
             access=self._access,
+            clients=cell.clients,
         )
 
 

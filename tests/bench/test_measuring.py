@@ -22,17 +22,17 @@ class StandIn:
     def __init__(self, log: list[tuple[Any, ...]], seconds: float) -> None:
         self._log = log
         self._seconds = seconds
-        self._asked: dict[str, Any] = {}
+        self.asked: dict[str, Any] = {}
 
     def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
         if command == "connect":
-            self._asked = arguments
+            self.asked = arguments
             if arguments["transport"] == "none":
                 return {"error": "not offered"}
             return {"transport": "wire"}
         if command == "run":
-            self._log.append((self._asked["url"], self._asked["encoding"], arguments["depth"], self._asked["seed"]))
-            if self._asked["encoding"] == "logits":
+            self._log.append((self.asked["url"], self.asked["encoding"], arguments["depth"], self.asked["seed"]))
+            if self.asked["encoding"] == "logits":
                 return {"error": "the server is gone"}
             return {
                 "seconds": [self._seconds, self._seconds],
@@ -64,6 +64,13 @@ def test_rates_of_clients_add_up_and_the_slowest_is_told() -> None:
     assert pair.client_peak_mb == 200.0
     assert pair.stage_ms() == {"forward": 500.0, "transfer": 250.0}
     assert len(pair.rates) == 2
+
+
+def test_clients_are_told_how_many_share_their_machine() -> None:
+    worker = StandIn([], 1.0)
+    Measurement([worker, StandIn([], 1.0)], WORKLOAD).measure(Cell(ENDPOINTS[0], "wire", "hidden", 2, 1), seconds=0.0)
+
+    assert worker.asked["clients"] == 2
 
 
 def test_every_round_begins_with_another_combination_and_clients_ask_for_batches_of_their_own() -> None:
