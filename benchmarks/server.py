@@ -9,7 +9,8 @@ compute    hidden 768, 12 layers, 4 x 256 tokens: the forward is most of it
 
 Threads that wait do not spin (`OMP_WAIT_POLICY=passive`), on any side: a server and a trainer share the cores here.
 Every token bears loss. A contender's clients are processes of their own with two batches on their way, and the time
-runs from batch to batch. Four clients are given four times as long, so that each has as many batches. Contenders take
+runs from batch to batch. Four clients are given four times as long, so that each has as many batches, and a quarter of
+the cores' threads each. Contenders take
 turns, round after round, in an order that moves on; figures are medians of the rounds, ratios are of medians. The
 reference is `nemo-automodel` from PyPI with its own server, client and HF target, on the same checkpoint and tokens.
 
