@@ -9,10 +9,10 @@ compute    hidden 768, 12 layers, 4 x 256 tokens: the forward is most of it
 
 Threads that wait do not spin (`OMP_WAIT_POLICY=passive`), on any side: a server and a trainer share the cores here.
 Every token bears loss. A contender's clients are processes of their own with two batches on their way, and the time
-runs from batch to batch. Four clients are given four times as long, so that each has as many batches, and a quarter of
-the cores' threads each. Contenders take
-turns, round after round, in an order that moves on; figures are medians of the rounds, ratios are of medians. The
-reference is `nemo-automodel` from PyPI with its own server, client and HF target, on the same checkpoint and tokens.
+runs from batch to batch. Four clients divide the cores among them, and are given four times as long, so that each has
+as many batches. Contenders take turns, round after round, in an order that moves on; figures are medians of the rounds,
+ratios are of medians. The reference is `nemo-automodel` from PyPI with its own server, client and HF target, on the
+same checkpoint and tokens.
 
 For `vs_colocated` a trainer's step is matrix work of half a batch's time, as the co-located target takes by itself, on
 the cores that the target uses as well. The co-located target gives `probs`, its cheapest, and so does the remote one:
