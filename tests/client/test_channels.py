@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from eagle_target.transports import ControlPlane, IncomingBody
 
 SOON_SECONDS = 20.0
-LEASE_SECONDS = 0.6
+LEASE_SECONDS = 1.2
 
 
 class FragileTransport(InProcessTransport):
@@ -189,7 +189,7 @@ def test_a_transport_asked_for_by_name_is_never_replaced(server: HttpServer) -> 
 
 def test_a_client_that_is_idle_keeps_its_channel(server: HttpServer) -> None:
     with remote(server, "fragile") as target:
-        time.sleep(4 * LEASE_SECONDS)
+        time.sleep(2.5 * LEASE_SECONDS)
         assert_right(target)
         assert len(FragileTransport.opened) == 1
     assert server._channels.expired.total() == 0

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from eagle_target.server.serve import HttpServer
 
-LEASE_SECONDS = 0.6
+LEASE_SECONDS = 1.2
 CLIENT = """
 import sys, time
 from eagle_target import RemoteEagle3TargetModel
@@ -112,7 +112,7 @@ def test_presence_with_any_program(server: HttpServer) -> None:
 
 def test_what_a_client_has_under_way_keeps_it_there_beyond_its_lease_and_its_leave() -> None:
     runner = TestRunner()
-    with loopback_server(lambda: runner, channel_lease=0.2) as server:
+    with loopback_server(lambda: runner, channel_lease=LEASE_SECONDS) as server:
         target = RemoteEagle3TargetModel.from_urls([server.url], transport="wire", encoding="logits")
         presences = server.engine.clients
         with presences.request("other", "10.0.0.1"):
@@ -129,9 +129,9 @@ def test_what_a_client_has_under_way_keeps_it_there_beyond_its_lease_and_its_lea
 
 
 def test_leases_and_leaves() -> None:
-    presences = Presences(lease=0.1)
+    presences = Presences(lease=0.5)
     with presences.request("a", "10.0.0.1"):
-        wait_until(lambda: presences.connected()[0].last_seen > presences.connected()[0].since + 0.3)
+        wait_until(lambda: presences.connected()[0].last_seen > presences.connected()[0].since + 0.8)
     presences.hear("b", "10.0.0.2")
     assert presences.most_at_a_time == 2
     wait_until(lambda: presences.count() == 0)

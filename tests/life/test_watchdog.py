@@ -62,7 +62,7 @@ def test_a_projection_that_does_not_return_leaves_nobody_waiting() -> None:
 
 
 def test_forwards_that_take_their_time_are_left_alone() -> None:
-    with engine(lambda: TestRunner(delay=0.1), forward_timeout=2.0, max_batch_tokens=4) as server:
+    with engine(lambda: TestRunner(delay=0.1), forward_timeout=10.0, max_batch_tokens=4) as server:
         for future in [server.submit(request_of([4])) for _ in range(3)]:
             future.result(30)
         assert (server.state, server.stuck_forwards) == ("ready", 0)

@@ -62,7 +62,7 @@ class Pair(ChannelPair):
 @pytest.fixture
 def small() -> Iterator[Pair]:
     """16 MiB, and short patience."""
-    endpoint = listening(max_bytes=16 * MEBIBYTE, send_timeout=0.2, take_timeout=0.2)
+    endpoint = listening(max_bytes=16 * MEBIBYTE, send_timeout=0.8, take_timeout=0.8)
     pair = Pair(endpoint)
     yield pair
     pair.close()
@@ -200,7 +200,7 @@ def test_an_answer_larger_than_the_memory_is_refused_with_the_numbers(small: Pai
 
 def test_an_answer_nobody_fetched_is_taken_back(small: Pair) -> None:
     lost = [small.body(rows=mebibytes(8)) for _ in range(2)]
-    time.sleep(0.3)
+    time.sleep(1.0)
     received = small.receive(small.body(rows=mebibytes(16, 5)))
     for body in lost:
         with pytest.raises(TransferTimeout, match="take_timeout"):
@@ -210,7 +210,7 @@ def test_an_answer_nobody_fetched_is_taken_back(small: Pair) -> None:
 
 def test_an_answer_that_was_fetched_is_not_taken_back(small: Pair) -> None:
     received = small.receive(small.body(rows=mebibytes(16, 5)))
-    time.sleep(0.3)
+    time.sleep(1.0)
     with pytest.raises(TransferTimeout, match="max_bytes"):
         small.body(rows=mebibytes(1))
     assert bool((received["rows"] == 5).all())
