@@ -6,8 +6,10 @@ import contextlib
 import gc
 import multiprocessing
 import os
+import re
 import socket
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -119,6 +121,20 @@ def nothing_left_behind() -> Iterator[None]:
     gc.collect()
     wait_until(lambda: {*threading.enumerate()} <= threads, f"the end of threads beyond {threads}")
     wait_until(lambda: process.num_fds() <= fds, f"no more than {fds} open files")
+
+
+def named_memory(maps: Path) -> set[str]:
+    """Files of the shared-memory file system that a process has mapped; none of one that has ended."""
+    with contextlib.suppress(OSError):
+        return set(re.findall(r"/dev/shm/\S+", maps.read_text(encoding="utf-8")))
+    return set()
+
+
+def abandoned_memory() -> set[str]:
+    """Files of the shared-memory file system that no process has mapped: what those that ended left behind."""
+    # Listed first: what is made meanwhile, by whatever else runs on the machine, is not in it.
+    files = {str(path) for path in Path("/dev/shm").iterdir()}
+    return files.difference(*map(named_memory, Path("/proc").glob("[0-9]*/maps")))
 
 
 def take_batch(

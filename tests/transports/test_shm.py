@@ -25,6 +25,7 @@ from eagle_target.errors import ConnectError, ProtocolError, RequestTooLarge, Tr
 from eagle_target.rows import PackedTensors
 from eagle_target.testing.transport_harness import ChannelPair, MemoryBody, assert_same_bits
 from eagle_target.testing.transports import TransportConformance
+from tests.faults.processes import named_memory
 from tests.server.cases import wait_until
 
 if TYPE_CHECKING:
@@ -299,13 +300,14 @@ def test_no_more_is_promised_than_may_be_used() -> None:
 
 def test_neither_side_can_cut_memory_off_and_nothing_has_a_name(small: Pair) -> None:
     assert isinstance(small.client, client.ShmClientChannel)
-    before = sorted(Path("/dev/shm").iterdir())
+    maps = Path("/proc/self/maps")
+    before = named_memory(maps)
     received = small.receive(small.body(rows=mebibytes(2, 1)))
     for segment in (small.made._segment, small.client._locks):
         assert segment is not None
         with pytest.raises(PermissionError):
             os.ftruncate(segment.descriptor, 0)
-    assert sorted(Path("/dev/shm").iterdir()) == before
+    assert named_memory(maps) == before
     assert bool((received["rows"] == 1).all())
 
 
