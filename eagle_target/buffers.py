@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
+import os
 import threading
 import time
 import weakref
@@ -32,7 +33,7 @@ def trim_heap() -> bool:
     glibc keeps one heap a thread, and of each up to twice the largest block (32 MiB) that was ever allocated: with the
     tiles of a large vocabulary some 64 MB for every thread that makes them. Source: mallopt(3), malloc_trim(3).
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     return trim is not None and bool(trim(0))
 
 
