@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
+
+    from eagle_target.batch import Eagle3TargetBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +176,30 @@ def check_batch(
         others = tensors[name].cpu()[~supervised]
         assert not others.any(), f"{name} is not zero at positions that bear no loss"
     assert not tensors["aux_hidden_states"].cpu()[given.attention_mask == 0].any(), "aux_hidden_states at pads"
+
+
+def check_batches(
+    batches: Iterable[Eagle3TargetBatch],
+    inputs: Sequence[TrainerInput],
+    oracle: HFOracle,
+    *,
+    aux_layer_ids: Sequence[int],
+    selected_token_ids: Sequence[int],
+    tolerance: float,
+    after_first: Callable[[], object] = lambda: None,
+) -> None:
+    """`check_batch` for every batch of a prefetch, as they come; something happens after the first."""
+    for number, (given, batch) in enumerate(zip(inputs, batches, strict=True)):
+        check_batch(
+            batch.tensors(),
+            given,
+            oracle,
+            aux_layer_ids=aux_layer_ids,
+            selected_token_ids=selected_token_ids,
+            tolerance=tolerance,
+        )
+        if number == 0:
+            after_first()
 
 
 def assert_near(given: torch.Tensor, expected: torch.Tensor, tolerance: float, what: str) -> None:

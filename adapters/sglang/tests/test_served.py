@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from eagle_target.client.remote import RemoteEagle3TargetModel
-from eagle_target.testing.adapter_oracle import HFOracle, check_batch, packed_input, padded_input
+from eagle_target.testing.adapter_oracle import HFOracle, check_batch, check_batches, packed_input, padded_input
 from eagle_target.testing.server import server_process
 from eagle_target.testing.tiny import shuffled_mapping
 
@@ -89,17 +89,14 @@ def test_z_a_rank_killed_under_a_prefetch_costs_a_pause(server: ServerProcess, o
     inputs = [padded_input([33, 5, 80], oracle.vocab_size, seed=step) for step in range(4)]
     with RemoteEagle3TargetModel.from_urls([server.url], transport="wire", timeout=240.0) as client:
         client.set_vocab_mapping(mapping)
-        batches = client.prefetch([given.arguments() for given in inputs], depth=2)
-        for number, (given, batch) in enumerate(zip(inputs, batches, strict=True)):
-            check_batch(
-                batch.tensors(),
-                given,
-                oracle,
-                aux_layer_ids=AUX,
-                selected_token_ids=mapping.selected_token_ids.tolist(),
-                tolerance=1e-4,
-            )
-            if number == 0:
-                max(ranks, key=lambda rank: rank.memory_info().rss).kill()
+        check_batches(
+            client.prefetch([given.arguments() for given in inputs], depth=2),
+            inputs,
+            oracle,
+            aux_layer_ids=AUX,
+            selected_token_ids=mapping.selected_token_ids.tolist(),
+            tolerance=1e-4,
+            after_first=max(ranks, key=lambda rank: rank.memory_info().rss).kill,
+        )
     _, alive = psutil.wait_procs(ranks, timeout=30.0)
     assert not alive

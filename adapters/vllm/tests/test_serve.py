@@ -10,7 +10,7 @@ import pytest
 
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.errors import EngineDead
-from eagle_target.testing.adapter_oracle import HFOracle, check_batch, padded_input
+from eagle_target.testing.adapter_oracle import HFOracle, check_batches, padded_input
 from eagle_target.testing.server import server_process
 from eagle_target.testing.tiny import shuffled_mapping
 
@@ -47,18 +47,15 @@ def train(url: str, oracle: HFOracle, seed: int, then: Callable[[], object] = la
     with RemoteEagle3TargetModel.from_urls([url], timeout=180.0) as client:
         client.set_vocab_mapping(mapping)
         inputs = [padded_input([40, 3, 300], ODD_VOCAB, seed=10 * seed + step) for step in range(4)]
-        batches = client.prefetch([given.arguments() for given in inputs], depth=2)
-        for number, (given, batch) in enumerate(zip(inputs, batches, strict=True)):
-            check_batch(
-                batch.tensors(),
-                given,
-                oracle,
-                aux_layer_ids=AUX,
-                selected_token_ids=mapping.selected_token_ids.tolist(),
-                tolerance=1e-4,
-            )
-            if number == 0:
-                then()
+        check_batches(
+            client.prefetch([given.arguments() for given in inputs], depth=2),
+            inputs,
+            oracle,
+            aux_layer_ids=AUX,
+            selected_token_ids=mapping.selected_token_ids.tolist(),
+            tolerance=1e-4,
+            after_first=then,
+        )
 
 
 def kill_a_worker(server: ServerProcess) -> list[psutil.Process]:
