@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
+import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from eagle_target.errors import ContractError, ProtocolError
 from eagle_target.info import ServedTarget, TargetInfo
 from eagle_target.projection import PROBS_DTYPES
 from eagle_target.supervision import SupervisionRequest
-from eagle_target.tensor_format import decode_tensors, encode_tensors
+from eagle_target.tensor_format import decode_tensors, encode_tensors, tensor_bytes
 from eagle_target.vocabulary import VocabMapping
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 PROTOCOL_VERSION = 1
 CONTENT_TYPE = "application/vnd.safetensors"
@@ -31,6 +33,8 @@ FINGERPRINT = "Eagle-Target-Fingerprint"
 MAPPING = "Eagle-Target-Mapping"
 MOVED_BYTES = "Eagle-Target-Moved-Bytes"
 CHECKSUM = "Eagle-Target-Checksum"
+WANT_CHECKSUM = "Eagle-Target-Want-Checksum"
+ANSWERED = "Eagle-Target-Answered"
 PASSED_OVER = "Eagle-Target-Passed-Over"
 TIMINGS = "Server-Timing"
 
@@ -46,7 +50,7 @@ SUPERVISION = "/v1/supervision"
 TRANSPORTS = "/v1/transports"
 CLIENTS = "/v1/clients"
 
-# The only checksum there is: what a request asks for, and the start of what its answer says.
+# The only checksum there is: what a request asks for, and the start of what a message says of its body.
 CHECKSUM_NAME = "xxh3_64"
 
 # Of a count in a header: what is longer is no count, and python takes long to read it.
@@ -127,6 +131,35 @@ def read_count(text: str) -> int | None:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
+
+
+def checksum_of(parts: Iterable[bytes | bytearray | memoryview]) -> str:
+    """What a message says of its body: the checksum's name, and its value in hexadecimal."""
+    state = xxhash.xxh3_64()
+    for part in parts:
+        state.update(part)
+    return f"{CHECKSUM_NAME}={state.hexdigest()}"
+
+
+def request_digest(request: SupervisionRequest) -> str:
+    """XXH3 (128 bits, hexadecimal) of all that decides a request's answer, as docs/protocol.md spells it.
+
+    The client computes it of what it asked for, the server of what it answered. It finds what chance changed; TLS
+    keeps out who changes it on purpose.
+    """
+    sha256 = "" if request.mapping is None else request.mapping.sha256
+    probs_dtype = str(request.probs_dtype).removeprefix("torch.")
+    facts = [request.encoding, probs_dtype, sha256, len(request.seq_lens), request.tokens]
+    state = xxhash.xxh3_128(json.dumps(facts, separators=(",", ":")).encode())
+    state.update(numpy.array(request.seq_lens, numpy.int64).data)
+    state.update(tensor_bytes(request.input_ids))
+    state.update(tensor_bytes(request.row_mask))
+    return state.hexdigest()
+
+
+def head_digest(token_ids: torch.Tensor) -> str:
+    """XXH3 (128 bits, hexadecimal) of the int64 ids whose rows of the LM head are asked for."""
+    return xxhash.xxh3_128(tensor_bytes(token_ids)).hexdigest()
 
 
 def encode_request(request: SupervisionRequest) -> list[memoryview]:

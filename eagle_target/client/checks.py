@@ -23,7 +23,7 @@ def check_answer(url: str, given: Mapping[str, str], expected: Mapping[str, str]
         if given.get(name) != value:
             raise ProtocolError(
                 f"{url} answered with {name} {given.get(name)!r}, expected {value!r}: "
-                "was it restarted with another target?"
+                "it answered another request, or was restarted with another target"
             )
 
 

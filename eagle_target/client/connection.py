@@ -64,7 +64,7 @@ class ServerConnection:
         self._headers = {protocol.CLIENT: client_id} if client_id else {}
         self.has_checksums = checksum
         if checksum:
-            self._headers[protocol.CHECKSUM] = protocol.CHECKSUM_NAME
+            self._headers[protocol.WANT_CHECKSUM] = protocol.CHECKSUM_NAME
         self._access = access or Access()
         self._presence = Presence(self, client_id) if client_id else None
         self._sockets = OpenSockets()
@@ -111,6 +111,7 @@ class ServerConnection:
                     body=body,
                     headers={
                         "Content-Type": protocol.CONTENT_TYPE,
+                        **({} if body is None else {protocol.CHECKSUM: protocol.checksum_of([body])}),
                         **self._headers,
                         **self._access.headers(),
                         **(headers or {}),
@@ -135,7 +136,10 @@ class ServerConnection:
         """Send JSON, if any, and return the answer's bytes."""
         parts = [] if content is None else [memoryview(json.dumps(dict(content)).encode())]
         answer = self.request(method, path, parts, {"Content-Type": "application/json"}, timeout=timeout)
-        return answer.read_all(MAX_JSON_BYTES)
+        data = answer.read_all(MAX_JSON_BYTES)
+        if protocol.CHECKSUM in answer.headers:
+            answer.check()
+        return data
 
     def close(self) -> None:
         """Take leave and close every connection; requests under way end with a ConnectError. Safe to call twice."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from eagle_target.client.agreement import Agreement
-    from eagle_target.client.connection import ResponseBody, ServerConnection
+    from eagle_target.client.connection import ServerConnection
     from eagle_target.client.timings import Received
     from eagle_target.plugins import Plugins
     from eagle_target.protocol import Handshake
@@ -147,13 +147,19 @@ class Peer:
 
     def fetch_input_embedding(self) -> torch.Tensor:
         """The target's input embedding `[vocab, hidden]`."""
-        tensors, _ = self._fetch(self.connection.request("GET", protocol.INPUT_EMBEDDINGS))
-        return tensors["weight"]
+        tensors, _ = self._fetch("GET", protocol.INPUT_EMBEDDINGS, answered="")
+        return self._checked_weights(tensors, self.handshake.target.vocab_size)["weight"]
 
     def fetch_draft_head(self, mapping: VocabMapping) -> DraftHead:
         """The mapping's rows of the LM head."""
-        parts = encode_tensors({"token_ids": mapping.selected_token_ids}, {})
-        tensors, metadata = self._fetch(self.connection.request("POST", protocol.LM_HEAD, parts))
+        token_ids = mapping.selected_token_ids
+        tensors, metadata = self._fetch(
+            "POST",
+            protocol.LM_HEAD,
+            encode_tensors({"token_ids": token_ids}, {}),
+            answered=protocol.head_digest(token_ids),
+        )
+        self._checked_weights(tensors, len(token_ids))
         soft_cap = metadata.get("soft_cap", "")
         return DraftHead(
             weight=tensors["weight"],
@@ -177,8 +183,11 @@ class Peer:
     def _ask(self, request: SupervisionRequest, sink: AnySink, agreement: Agreement) -> tuple[AnySink, Received]:
         if request.mapping is not None:
             self.upload_mapping(request.mapping)
-        request_id = secrets.token_hex(8)
-        headers = {protocol.REQUEST_ID: request_id, protocol.TRANSPORT: agreement.transport}
+        identity = self._identity(protocol.request_digest(request))
+        headers = {
+            protocol.REQUEST_ID: identity[protocol.REQUEST_ID],
+            protocol.TRANSPORT: agreement.transport,
+        }
         if agreement.control.channel_id is not None:
             headers[protocol.CHANNEL] = agreement.control.channel_id
         if agreement.refused:
@@ -186,9 +195,7 @@ class Peer:
         body = self.connection.request(
             "POST", protocol.SUPERVISION, protocol.encode_request(request), headers, errand=present_errand()
         )
-        expected = {protocol.REQUEST_ID: request_id, protocol.FINGERPRINT: self.handshake.fingerprint}
-        if request.mapping is not None:
-            expected[protocol.MAPPING] = request.mapping.sha256
+        expected = identity if request.mapping is None else {**identity, protocol.MAPPING: request.mapping.sha256}
         try:
             check_answer(self.url, body.headers, expected)
             started = time.perf_counter()
@@ -199,15 +206,41 @@ class Peer:
         finally:
             body.close()
 
-    def _fetch(self, body: ResponseBody) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        # A server that was restarted with another target would hand out another head.
-        check_answer(self.url, body.headers, {protocol.FINGERPRINT: self.handshake.fingerprint})
+    def _identity(self, answered: str) -> dict[str, str]:
+        """A new request's id, and what else its answer must say of itself."""
+        return {
+            protocol.REQUEST_ID: secrets.token_hex(8),
+            protocol.ANSWERED: answered,
+            protocol.FINGERPRINT: self.handshake.fingerprint,
+        }
+
+    def _fetch(
+        self, method: str, path: str, parts: Sequence[memoryview] = (), *, answered: str
+    ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        identity = self._identity(answered)
+        body = self.connection.request(method, path, parts, {protocol.REQUEST_ID: identity[protocol.REQUEST_ID]})
+        check_answer(self.url, body.headers, identity)
         tensors = PackedTensors()
         wire = self._plugins.transports.get("wire")
         control = ChannelControl(self.connection, "wire", device="cpu", target_device=self.handshake.target.device)
         metadata = wire.connect(wire.options_model(), {}, control).receive(body, tensors)
         body.check()
         return tensors, metadata
+
+    def _checked_weights(self, tensors: dict[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
+        """Rows of the embedding or of the head, with a bias where there is one.
+
+        Raises:
+            ProtocolError: names the tensor that is not of this target's sizes.
+        """
+        expected = {"weight": (rows, self.handshake.target.hidden_size), "bias": (rows,)}
+        for name, shape in expected.items():
+            found = tensors.get(name)
+            wrong = name == "weight" if found is None else tuple(found.shape) != shape or not found.is_floating_point()
+            if wrong:
+                got = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
+                raise ProtocolError(f"{self.url} answered with {name} {got}, expected floats {list(shape)}")
+        return tensors
 
     @contextmanager
     def _borrow(self) -> Iterator[Agreement]:

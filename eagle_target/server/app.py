@@ -13,14 +13,14 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from eagle_target import protocol
 from eagle_target.answer_size import bytes_per_token
 from eagle_target.errors import ContractError, EagleTargetError, ServerError, VocabMappingError
 from eagle_target.server import metrics
-from eagle_target.server.bodies import TensorResponse, checksum_headers, read_body
+from eagle_target.server.bodies import CheckedJson, TensorResponse, checksum_headers, read_body
 from eagle_target.server.client_routes import client_routes
 from eagle_target.server.limits import check_size, read_mapping_body
 from eagle_target.server.problems import (
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from eagle_target.server.engine import TargetModelServer
     from eagle_target.server.exchanges import Exchange
     from eagle_target.server.jobs import Supervised
+    from eagle_target.supervision import SupervisionRequest
     from eagle_target.vocabulary import VocabMapping
 
 MAX_HELLO_BYTES = 1 << 16
@@ -95,13 +96,13 @@ class TargetApp:
 
     async def health(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's signature
         """The process is alive."""
-        return JSONResponse({"status": "alive"})
+        return CheckedJson({"status": "alive"})
 
     async def ready(self, request: Request) -> Response:
         """The engine is loaded and answers."""
         state, failure = self.server.state, self.server.failure
         if state == "ready":
-            return JSONResponse({"status": state})
+            return CheckedJson({"status": state})
         # Strangers may ask, and a failure's message names files.
         detail = f"the server is {state}" + (f": {failure}" if failure and request.scope.get(AUTHORIZED) else "")
         return problem(503, f"{state}", detail, retry_after=1.0)
@@ -128,12 +129,12 @@ class TargetApp:
                 max_queue=config.max_queue,
             ),
         )
-        return JSONResponse(answer.model_dump(mode="json"))
+        return CheckedJson(answer.model_dump(mode="json"))
 
     async def input_embeddings(self, request: Request) -> Response:
         """The input embedding as `weight`."""
         weight = await asyncio.wrap_future(self.server.input_embedding_weight())
-        return await self._stream(request, {"weight": weight}, {})
+        return await self._stream(request, {"weight": weight}, {}, answered="")
 
     async def lm_head(self, request: Request) -> Response:
         """Rows of the LM head for `token_ids`."""
@@ -149,13 +150,14 @@ class TargetApp:
             raise ContractError("this target's LM head cannot be handed out: use encoding 'probs' or 'logits'")
         parts = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
         soft_cap = "" if head.soft_cap is None else repr(head.soft_cap)
-        return await self._stream(request, parts, {"logit_scale": repr(head.logit_scale), "soft_cap": soft_cap})
+        metadata = {"logit_scale": repr(head.logit_scale), "soft_cap": soft_cap}
+        return await self._stream(request, parts, metadata, answered=protocol.head_digest(token_ids))
 
     async def show_mapping(self, request: Request) -> Response:
         """What a mapping that was given makes of a token, by encoding."""
         mapping = self._find_mapping(request.path_params["sha256"])
         sizes = bytes_per_token(self.server.served.info, self.server.encodings, mapping.draft_vocab_size)
-        return JSONResponse({"draft_vocab_size": mapping.draft_vocab_size, "bytes_per_token": sizes})
+        return CheckedJson({"draft_vocab_size": mapping.draft_vocab_size, "bytes_per_token": sizes})
 
     async def put_mapping(self, request: Request) -> Response:
         """Keep a vocabulary mapping under its hash."""
@@ -185,7 +187,7 @@ class TargetApp:
         body = await read_body(request, limit=MAX_HELLO_BYTES, timeout=self.config.body_timeout)
         hello = protocol.read_json_object(bytes(body) or b"{}", "the channel's hello")
         channel, answer = await run_in_threadpool(self.channels.open, request.path_params["name"], hello)
-        return JSONResponse({**answer, "channel": channel}, status_code=201)
+        return CheckedJson({**answer, "channel": channel}, status_code=201)
 
     async def renew_channel(self, request: Request) -> Response:
         """The client of a channel is alive."""
@@ -197,7 +199,7 @@ class TargetApp:
         channel = self.channels.find(request.path_params["name"], request.path_params["channel"])
         body = await read_body(request, limit=MAX_HELLO_BYTES, timeout=self.config.body_timeout)
         message = protocol.read_json_object(bytes(body), "the channel's message")
-        return JSONResponse(await run_in_threadpool(channel.answer, message))
+        return CheckedJson(await run_in_threadpool(channel.answer, message))
 
     async def close_channel(self, request: Request) -> Response:
         """Close a channel."""
@@ -235,7 +237,7 @@ class TargetApp:
         future = submit() if self.server.cache is None else await run_in_threadpool(submit)
         supervised = await wait_for_answer(future, request)
         answered_at = time.perf_counter()
-        headers = self._headers(exchange.request_id, supervision_request.mapping, supervised)
+        headers = self._headers(exchange.request_id, supervision_request, supervised)
         metadata = {name: value for name, value in headers.items() if name != protocol.TIMINGS}
         reply = await run_in_threadpool(channel.send, exchange.request_id, supervised.tensors, metadata)
         headers |= await checksum_headers(request, reply)
@@ -258,14 +260,21 @@ class TargetApp:
             on_sent=lambda: self.metrics.count_stage("send", time.perf_counter() - answered_at),
         )
 
-    def _headers(self, request_id: str, mapping: VocabMapping | None, supervised: Supervised) -> dict[str, str]:
+    def _headers(self, request_id: str, request: SupervisionRequest, supervised: Supervised) -> dict[str, str]:
         stages = (f"{stage};dur={seconds * 1000:.3f}" for stage, seconds in supervised.timings.items())
         headers = {
-            protocol.REQUEST_ID: request_id,
-            protocol.FINGERPRINT: self.server.served.fingerprint,
+            **self._identity(request_id, protocol.request_digest(request)),
             protocol.TIMINGS: ", ".join(stages),
         }
-        return headers if mapping is None else {**headers, protocol.MAPPING: mapping.sha256}
+        return headers if request.mapping is None else {**headers, protocol.MAPPING: request.mapping.sha256}
+
+    def _identity(self, request_id: str, answered: str) -> dict[str, str]:
+        """What an answer says of itself: whose it is, to what, and of which target."""
+        return {
+            protocol.REQUEST_ID: request_id,
+            protocol.ANSWERED: answered,
+            protocol.FINGERPRINT: self.server.served.fingerprint,
+        }
 
     def _find_mapping(self, sha256: str) -> VocabMapping:
         try:
@@ -276,8 +285,11 @@ class TargetApp:
     async def _read(self, request: Request) -> memoryview:
         return await read_body(request, limit=self.config.max_body_bytes, timeout=self.config.body_timeout)
 
-    async def _stream(self, request: Request, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> Response:
+    async def _stream(
+        self, request: Request, tensors: dict[str, torch.Tensor], metadata: dict[str, str], *, answered: str
+    ) -> Response:
         # Tensors on a device are copied first, which other requests need not wait for.
         reply = Reply(protocol.CONTENT_TYPE, await run_in_threadpool(encode_tensors, tensors, metadata))
-        headers = {protocol.FINGERPRINT: self.server.served.fingerprint, **await checksum_headers(request, reply)}
+        identity = self._identity(request.scope[EXCHANGE].request_id, answered)
+        headers = {**identity, **await checksum_headers(request, reply)}
         return TensorResponse(reply, headers, send_timeout=self.config.send_timeout)

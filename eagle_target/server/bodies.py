@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy
-import xxhash
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from eagle_target import protocol
-from eagle_target.errors import RequestTooLarge, ServerError
+from eagle_target.errors import ProtocolError, RequestTooLarge, ServerError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -44,6 +43,7 @@ async def read_body(
     Raises:
         ServerError: no Content-Length, or the body took longer than `timeout` seconds.
         RequestTooLarge: more than `limit` bytes were announced.
+        ProtocolError: a checksum came with the body, and is another's.
     """
     length = protocol.read_count(request.headers.get("content-length", ""))
     if length is None:
@@ -70,21 +70,27 @@ async def read_body(
         ) from error
     if filled != length:
         raise ClientDisconnect
+    announced = request.headers.get(protocol.CHECKSUM)
+    if announced is not None and announced != (found := protocol.checksum_of([body])):
+        raise ProtocolError(
+            f"the request announced checksum {announced[:64]!r}, its body has {found!r}: it changed on its way"
+        )
     return body
 
 
 async def checksum_headers(request: Request, reply: Reply) -> dict[str, str]:
     """The header with a body's checksum, for a client that asked for it."""
-    if request.headers.get(protocol.CHECKSUM) != protocol.CHECKSUM_NAME:
+    if request.headers.get(protocol.WANT_CHECKSUM) != protocol.CHECKSUM_NAME:
         return {}
-    return {protocol.CHECKSUM: f"{protocol.CHECKSUM_NAME}={await run_in_threadpool(_digest, reply)}"}
+    return {protocol.CHECKSUM: await run_in_threadpool(protocol.checksum_of, reply.parts)}
 
 
-def _digest(reply: Reply) -> str:
-    state = xxhash.xxh3_64()
-    for part in reply.parts:
-        state.update(part)
-    return state.hexdigest()
+class CheckedJson(JSONResponse):
+    """JSON with its checksum."""
+
+    def __init__(self, content: Mapping[str, Any], status_code: int = 200) -> None:
+        super().__init__(content, status_code)
+        self.headers[protocol.CHECKSUM] = protocol.checksum_of([self.body])
 
 
 class TensorResponse(Response):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from eagle_target import protocol
+from eagle_target.server.bodies import CheckedJson
 from eagle_target.server.presence import MAX_CLIENT_LETTERS, address_of
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def client_routes(presences: Presences) -> list[Route]:
 
     async def renew(request: Request) -> Response:
         presences.hear(_client_of(request), address_of(request.scope))
-        return JSONResponse({"lease_seconds": presences.lease})
+        return CheckedJson({"lease_seconds": presences.lease})
 
     async def leave(request: Request) -> Response:
         presences.leave(_client_of(request))

@@ -6,9 +6,10 @@ import contextlib
 import http.client
 import socket
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from eagle_target import protocol
 from tests.server.http import Answer, ask
 
 if TYPE_CHECKING:
@@ -96,10 +97,15 @@ def replying(*replies: bytes, keep: bool = False) -> Iterator[Stub]:
 
 
 @contextlib.contextmanager
-def forwarding(url: str, change: Callable[[Received, Answer], Answer]) -> Iterator[Stub]:
-    """Pass requests on to a real server, and its answers back, changed."""
+def forwarding(
+    url: str,
+    change: Callable[[Received, Answer], Answer] = lambda _, answer: answer,
+    change_request: Callable[[Received], Received] = lambda request: request,
+) -> Iterator[Stub]:
+    """Pass requests on to a real server, and its answers back, either changed."""
 
     def respond(request: Received, connection: socket.socket) -> bool:
+        request = change_request(request)
         headers = {name: value for name, value in request.headers.items() if name.lower() != "host"}
         answer = change(request, ask(url, request.method, request.path, request.body or None, headers))
         connection.sendall(encode(answer))
@@ -107,6 +113,12 @@ def forwarding(url: str, change: Callable[[Received, Answer], Answer]) -> Iterat
 
     with stub(respond) as running:
         yield running
+
+
+def with_body(answer: Answer, body: bytes) -> Answer:
+    """The same answer with another body, as if that had been sent."""
+    headers = {name: value for name, value in answer.headers.items() if name.lower() != protocol.CHECKSUM.lower()}
+    return replace(answer, body=body, headers={**headers, "content-length": str(len(body))})
 
 
 def encode(answer: Answer) -> bytes:

@@ -36,7 +36,7 @@ from eagle_target.targets import open_target
 from eagle_target.testing.server import loopback_server
 from eagle_target.testing.tiny import EmbeddingRunner, shuffled_mapping
 from tests.client.batches import assert_same_batch, expected_batch, rows_of
-from tests.client.stub import forwarding, reply, replying, stub
+from tests.client.stub import forwarding, reply, replying, stub, with_body
 from tests.server.cases import POISON, TestRunner, mapping_of, wait_until
 
 if TYPE_CHECKING:
@@ -222,7 +222,7 @@ def changed_handshake(server: HttpServer, **values: Any) -> Any:
         if received.path != protocol.TARGET:
             return answer
         body = json.dumps(answer.json() | values).encode()
-        return replace(answer, body=body, headers={**answer.headers, "content-length": str(len(body))})
+        return with_body(answer, body)
 
     return forwarding(server.url, change)
 
@@ -364,7 +364,7 @@ def test_an_answer_that_lies_about_itself_is_no_batch(server: HttpServer, old: b
         body = answer.body.replace(old, new, 1)
         if len(body) > len(answer.body):
             body = body.replace(b"  ", b"", 1)
-        return replace(answer, body=body, headers={**answer.headers, "content-length": str(len(body))})
+        return with_body(answer, body)
 
     with (
         forwarding(server.url, change) as liar,

@@ -1,4 +1,4 @@
-"""An answer that was changed on its way is asked for again, and none of another request gets through."""
+"""What was changed on its way, there or back, is asked for again, and no answer to another request gets through."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 import xxhash
 
 from eagle_target import protocol
 from eagle_target.client.remote import RemoteEagle3TargetModel
-from eagle_target.errors import ProtocolError
+from eagle_target.errors import ProtocolError, TransportError
 from eagle_target.testing.server import loopback_server
 from tests.client.batches import assert_same_batch, expected_batch, rows_of
 from tests.client.stub import Received, forwarding
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from eagle_target.server.serve import HttpServer
+    from eagle_target.supervision import SupervisionRequest
+    from eagle_target.vocabulary import VocabMapping
 
-ASKED = {protocol.CHECKSUM: protocol.CHECKSUM_NAME}
+ASKED = {protocol.WANT_CHECKSUM: protocol.CHECKSUM_NAME}
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +38,12 @@ def flipped(answer: Answer, position: int) -> Answer:
     body = bytearray(answer.body)
     body[position] ^= 1
     return replace(answer, body=bytes(body))
+
+
+def with_flipped_bit(request: Received, position: int) -> Received:
+    body = bytearray(request.body)
+    body[position] ^= 1
+    return replace(request, body=bytes(body))
 
 
 @pytest.mark.parametrize("position", [-1, -500, -1000])
@@ -54,6 +63,118 @@ def test_a_flipped_bit_is_asked_for_again(server: HttpServer, position: int) -> 
         assert_same_batch(target.generate_batch(**rows_of()), expected_batch(rows_of()))
         assert not faults
         assert target.model_info()["traffic"]["retries"] == 1
+
+
+# A bit of the last token id's, of a mask's byte, and of the header.
+@pytest.mark.parametrize("position", [20, -1, -40])
+@pytest.mark.parametrize("transport", ["wire", "shm", "nccl"])
+def test_a_flipped_bit_in_a_request_is_asked_for_again(server: HttpServer, transport: str, position: int) -> None:
+    faults = [position]
+
+    def change(request: Received) -> Received:
+        return with_flipped_bit(request, faults.pop()) if request.path == protocol.SUPERVISION and faults else request
+
+    with (
+        forwarding(server.url, change_request=change) as line,
+        RemoteEagle3TargetModel.from_urls([line.url], transport=transport, encoding="probs") as target,
+    ):
+        target.set_vocab_mapping(mapping_of())
+        assert_same_batch(target.generate_batch(**rows_of()), expected_batch(rows_of()))
+        assert not faults
+        assert target.model_info()["traffic"]["retries"] == 1
+
+
+@pytest.mark.parametrize("path", [protocol.LM_HEAD, protocol.VOCAB_MAPPINGS, protocol.TRANSPORTS])
+def test_no_body_that_changed_on_its_way_is_taken(server: HttpServer, path: str) -> None:
+    def change(request: Received) -> Received:
+        return with_flipped_bit(request, -1) if request.path.startswith(path) and request.body else request
+
+    def ask_for_a_batch(url: str) -> None:
+        with RemoteEagle3TargetModel.from_urls([url], transport="shm", encoding="hidden", max_retries=0) as target:
+            target.set_vocab_mapping(mapping_of())
+            target.generate_batch(**rows_of())
+
+    with (
+        forwarding(server.url, change_request=change) as line,
+        pytest.raises(TransportError, match="it changed on its way"),
+    ):
+        ask_for_a_batch(line.url)
+
+
+# Somebody between client and server who sees to it that checksums fit, or a server that mixes its requests up.
+@pytest.mark.parametrize("change", ["ids", "lengths", "rows", "probs_dtype", "mapping"])
+def test_an_answer_to_another_request_is_not_taken(server: HttpServer, change: str) -> None:
+    put_mapping(server.url, mapping_of(seed=1))
+
+    def answer_another(request: Received) -> Received:
+        if request.path != protocol.SUPERVISION:
+            return request
+        body = body_of(changed_request(protocol.decode_request(memoryview(bytearray(request.body)), find), change))
+        return replace(
+            request,
+            headers={
+                **request.headers,
+                protocol.CHECKSUM: protocol.checksum_of([body]),
+                "Content-Length": str(len(body)),
+            },
+            body=body,
+        )
+
+    def find(sha256: str) -> VocabMapping:
+        assert sha256 == mapping_of().sha256
+        return mapping_of()
+
+    with (
+        forwarding(server.url, change_request=answer_another) as line,
+        RemoteEagle3TargetModel.from_urls([line.url], transport="wire", encoding="probs", max_retries=0) as target,
+    ):
+        target.set_vocab_mapping(mapping_of())
+        with pytest.raises(ProtocolError, match=f"answered with {protocol.ANSWERED} "):
+            target.generate_batch(**rows_of())
+
+
+def changed_request(request: SupervisionRequest, change: str) -> SupervisionRequest:
+    match change:
+        case "ids":
+            return replace(request, input_ids=request.input_ids.flip(0))
+        case "lengths":
+            return replace(request, seq_lens=(1, request.tokens - 1))
+        case "rows":
+            return replace(request, row_mask=~request.row_mask)
+        case "probs_dtype":
+            return replace(request, probs_dtype=torch.bfloat16)
+        case _:
+            return replace(request, mapping=mapping_of(seed=1))
+
+
+@pytest.mark.parametrize("path", [protocol.LM_HEAD, protocol.INPUT_EMBEDDINGS])
+@pytest.mark.parametrize("name", [protocol.REQUEST_ID, protocol.ANSWERED, protocol.FINGERPRINT])
+def test_weights_of_another_answer_are_not_taken(server: HttpServer, path: str, name: str) -> None:
+    def cross(request: Received, answer: Answer) -> Answer:
+        if request.path != path:
+            return answer
+        headers = {key: value for key, value in answer.headers.items() if key.lower() != name.lower()}
+        return replace(answer, headers={**headers, name: "another's"})
+
+    def ask_for_weights(url: str) -> None:
+        with RemoteEagle3TargetModel.from_urls([url], transport="wire", encoding="hidden", max_retries=0) as target:
+            if path == protocol.INPUT_EMBEDDINGS:
+                target.input_embedding_weight()
+            target.set_vocab_mapping(mapping_of())
+
+    with (
+        forwarding(server.url, cross) as line,
+        pytest.raises(ProtocolError, match=f'answered with {name} "another\'s"'),
+    ):
+        ask_for_weights(line.url)
+
+
+def test_a_flipped_bit_in_the_handshake_is_found(server: HttpServer) -> None:
+    def change(request: Received, answer: Answer) -> Answer:
+        return flipped(answer, -3) if request.path == protocol.TARGET else answer
+
+    with forwarding(server.url, change) as line, pytest.raises(ProtocolError, match="it changed on its way"):
+        RemoteEagle3TargetModel.from_urls([line.url], transport="wire", max_retries=0)
 
 
 def test_a_line_that_always_changes_bits_is_an_error(server: HttpServer) -> None:
@@ -95,7 +216,7 @@ def test_a_client_can_do_without(server: HttpServer) -> None:
     asked = []
 
     def note(request: Received, answer: Answer) -> Answer:
-        asked.append(protocol.CHECKSUM.lower() in {name.lower() for name in request.headers})
+        asked.append(protocol.WANT_CHECKSUM.lower() in {name.lower() for name in request.headers})
         return answer
 
     with (
@@ -107,7 +228,7 @@ def test_a_client_can_do_without(server: HttpServer) -> None:
     assert not any(asked)
 
 
-@pytest.mark.parametrize("name", [protocol.REQUEST_ID, protocol.FINGERPRINT, protocol.MAPPING])
+@pytest.mark.parametrize("name", [protocol.REQUEST_ID, protocol.ANSWERED, protocol.FINGERPRINT, protocol.MAPPING])
 @pytest.mark.parametrize("transport", ["wire", "inprocess", "shm"])
 def test_what_came_with_the_tensors_is_compared(
     server: HttpServer, transport: str, name: str, monkeypatch: pytest.MonkeyPatch

@@ -146,6 +146,7 @@ def test_supervision_has_the_bits_of_the_co_located_target(server: HttpServer, e
     headers = {name.lower(): value for name, value in answer.headers.items()}
     echoed = {
         protocol.REQUEST_ID: "batch 7/é".encode().decode("latin-1"),
+        protocol.ANSWERED: protocol.request_digest(request),
         protocol.FINGERPRINT: server.engine.served.fingerprint,
         protocol.MAPPING: mapping_of().sha256,
     }
