@@ -22,12 +22,12 @@ export UV_INDEX_STRATEGY := unsafe-best-match
 endif
 
 .PHONY: help env demo test test-core test-vllm test-sglang test-engines lint docs bench-wire bench-projection bench-transports \
-	bench-vllm bench-vllm-layouts bench-sglang bench-server soak fuzz faults clean
+	bench-vllm bench-vllm-layouts bench-sglang bench-server bench-fingerprint soak fuzz faults clean
 
 help:
 	@sed -n 's/^# //p' Makefile
 	@echo "targets: env demo test test-core test-vllm test-sglang test-engines lint docs bench-wire bench-projection"
-	@echo "         bench-transports bench-vllm bench-vllm-layouts bench-sglang bench-server soak fuzz faults clean"
+	@echo "         bench-transports bench-vllm bench-vllm-layouts bench-sglang bench-server bench-fingerprint soak fuzz faults clean"
 
 env: $(READY)
 
@@ -100,6 +100,9 @@ bench-sglang: $(SGLANG)/.ready
 
 bench-server: $(READY)
 	$(BIN)/python -m benchmarks.server
+
+bench-fingerprint: $(READY)
+	$(BIN)/python -m benchmarks.fingerprint
 
 soak: $(READY)
 	$(BIN)/python -m benchmarks.soak

@@ -14,6 +14,9 @@ class TargetInfo(BaseModel):
 
     model: str = Field(description="Path or hub id the target was loaded from.")
     revision: str | None = Field(default=None, description="Hub revision, where one was asked for.")
+    weights: str | None = Field(
+        default=None, description="Digest of the weights and the config, see `weights_digest`; None where not known."
+    )
     num_layers: int = Field(description="Decoder layers.")
     hidden_size: int = Field(description="Width of the residual stream.")
     vocab_size: int = Field(description="Rows of the LM head that are real tokens.")
@@ -34,8 +37,12 @@ class ServedTarget(BaseModel):
 
     @property
     def fingerprint(self) -> str:
-        """First 16 hex digits of the SHA-256 over everything that decides the supervision's values."""
-        facts = self.info.model_dump(exclude={"device", "max_seq_len"}, mode="json")
+        """First 16 hex digits of the SHA-256 over everything that decides the supervision's values.
+
+        Where the weights are known, the name they were found under does not count.
+        """
+        ignored = {"device", "max_seq_len"} | (set() if self.info.weights is None else {"model"})
+        facts = self.info.model_dump(exclude=ignored, mode="json")
         text = repr((sorted(facts.items()), self.aux_layer_ids))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -43,5 +50,7 @@ class ServedTarget(BaseModel):
         """Name what makes two servers' supervision different, one `field: ours != theirs` each."""
         mine: dict[str, object] = self.info.model_dump() | {"aux_layer_ids": self.aux_layer_ids}
         theirs: dict[str, object] = other.info.model_dump() | {"aux_layer_ids": other.aux_layer_ids}
-        compared = ("model", "revision", "num_layers", "hidden_size", "vocab_size", "dtype", "aux_layer_ids")
+        compared = ["weights", "revision", "num_layers", "hidden_size", "vocab_size", "dtype", "aux_layer_ids"]
+        if self.info.weights is None or other.info.weights is None:
+            compared.insert(0, "model")
         return [f"{name}: {mine[name]} != {theirs[name]}" for name in compared if mine[name] != theirs[name]]

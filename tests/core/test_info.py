@@ -28,7 +28,7 @@ def changed(field: str, value: object) -> ServedTarget:
 
 
 def test_fingerprint_is_stable() -> None:
-    assert served().fingerprint == "25e9f3c145b6001a"
+    assert served().fingerprint == "037b7a29311e283c"
 
 
 @pytest.mark.parametrize(("field", "value"), [("device", "cuda:7"), ("max_seq_len", 4096)])
@@ -41,6 +41,7 @@ def test_fingerprint_ignores_what_does_not_change_values(field: str, value: obje
     [
         ("model", "other/model"),
         ("revision", "abc"),
+        ("weights", "w1"),
         ("num_layers", 33),
         ("hidden_size", 1),
         ("vocab_size", 1),
@@ -51,6 +52,18 @@ def test_fingerprint_ignores_what_does_not_change_values(field: str, value: obje
 )
 def test_fingerprint_tells_targets_apart(field: str, value: object) -> None:
     assert changed(field, value).fingerprint != served().fingerprint
+
+
+def test_known_weights_are_the_same_under_any_name() -> None:
+    ours, theirs = served(weights="w1"), served(weights="w1", model="/elsewhere")
+    assert ours.fingerprint == theirs.fingerprint
+    assert ours.differences(theirs) == []
+
+
+def test_other_weights_are_another_target_under_any_name() -> None:
+    assert served(weights="w1").fingerprint != served(weights="w2").fingerprint
+    assert served(weights="w1").differences(served(weights="w2")) == ["weights: w1 != w2"]
+    assert served(weights="w1").differences(served(model="b")) == ["model: some/model != b", "weights: w1 != None"]
 
 
 def test_fingerprint_tells_layers_apart() -> None:

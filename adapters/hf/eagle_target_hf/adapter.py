@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from eagle_target.adapters import Adapter
 from eagle_target.errors import ConfigError
+from eagle_target.weights_digest import checkpoint_digest, hub_commit
 from eagle_target_hf.options import HFOptions
 
 if TYPE_CHECKING:
@@ -54,5 +55,6 @@ class HFAdapter(Adapter):
             load_model(model, options),
             max_batch_tokens=options.max_batch_tokens,
             name=model,
-            revision=options.revision,
+            revision=hub_commit(model, options.revision),
+            weights=checkpoint_digest(model, revision=options.revision),
         )

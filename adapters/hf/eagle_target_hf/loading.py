@@ -39,11 +39,19 @@ def load_model(model: str, options: HFOptions) -> Any:
         loaded = auto_class.from_pretrained(
             model, dtype=dtype, attn_implementation=options.attn_implementation, **placement, **source
         )
+        _own_weights(loaded)
         return loaded if placement else loaded.to(_device(options))
     except AdapterError:
         raise
     except Exception as error:
         raise AdapterError(f"transformers could not load {model!r}: {error}") from error
+
+
+def _own_weights(model: torch.nn.Module) -> None:
+    """Copy weights that are a mapping of the checkpoint's files: who writes into those would change the target."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and type(tensor) in (torch.Tensor, torch.nn.Parameter):
+            tensor.data = tensor.data.clone()
 
 
 def _auto_class(config: Any) -> Any:

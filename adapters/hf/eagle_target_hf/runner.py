@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from eagle_target.errors import AdapterError
 from eagle_target.info import TargetInfo
 from eagle_target.layers import validate_aux_layer_ids
+from eagle_target.weights_digest import module_digest
 from eagle_target_hf.architecture import find_architecture
 from eagle_target_hf.batching import plan_batches
 from eagle_target_hf.execution import run_batches
@@ -35,6 +36,7 @@ class HFTargetRunner:
         max_batch_tokens: slots of one forward, pads included; a longer sequence runs alone.
         name: what `info.model` says; by default where the model was loaded from.
         revision: what `info.revision` says.
+        weights: what `info.weights` says; by default the digest of the model as it is in memory.
 
     Raises:
         AdapterError: the architecture cannot be captured.
@@ -47,6 +49,7 @@ class HFTargetRunner:
         max_batch_tokens: int = DEFAULT_MAX_BATCH_TOKENS,
         name: str | None = None,
         revision: str | None = None,
+        weights: str | None = None,
     ) -> None:
         model = getattr(model, "_orig_mod", model)
         architecture = find_architecture(model)
@@ -64,6 +67,7 @@ class HFTargetRunner:
         self._info = TargetInfo(
             model=name or getattr(model, "name_or_path", "") or type(model).__name__,
             revision=revision,
+            weights=weights or module_digest(model),
             num_layers=len(architecture.layers),
             hidden_size=architecture.hidden_size,
             vocab_size=architecture.vocab_size,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from eagle_target.errors import AdapterError, ConfigError
+from eagle_target.weights_digest import checkpoint_digest
 from eagle_target_sglang.failures import engine_call
 
 if TYPE_CHECKING:
@@ -46,7 +47,9 @@ def load_in_process(
         with engine_call("starting the engine", device):
             dtype = checkpoint_dtype(model, options)
             model_runner = _start(model, options, dtype, rank=rank, port=port or free_port())
-            runner = SGLangTargetRunner(model_runner, model=model, options=options)
+            runner = SGLangTargetRunner(
+                model_runner, model=model, options=options, weights=_weights(model, options) if rank == 0 else None
+            )
             _log_memory(model_runner, runner, rank)
     except ConfigError:
         _started.release()
@@ -85,6 +88,11 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def _weights(model: str, options: SGLangOptions) -> str | None:
+    deciding = {"quantization": options.quantization, "load_format": options.load_format}
+    return checkpoint_digest(model, revision=options.revision, options=deciding)
 
 
 def _start(model: str, options: SGLangOptions, dtype: str, *, rank: int, port: int) -> Any:

@@ -12,6 +12,7 @@ from eagle_target.errors import AdapterError
 from eagle_target.info import TargetInfo
 from eagle_target.layers import validate_aux_layer_ids
 from eagle_target.runner import DraftHead, TargetForward
+from eagle_target.weights_digest import hub_commit
 from eagle_target_sglang import generations
 from eagle_target_sglang.batching import PoolLimits
 from eagle_target_sglang.capture import Capture, OfficialCapture
@@ -33,13 +34,13 @@ class SGLangTargetRunner:
     A rank of a sharded target is one of these too: all ranks are called alike, in the same order.
 
     Args:
-        model_runner: SGLang's, loaded, its pools free. model: where from.
+        model_runner: SGLang's, loaded, its pools free. model: where from. weights: what `info.weights` says.
 
     Raises:
         AdapterError: SGLang cannot capture layers of this model.
     """
 
-    def __init__(self, model_runner: Any, *, model: str, options: SGLangOptions) -> None:
+    def __init__(self, model_runner: Any, *, model: str, options: SGLangOptions, weights: str | None = None) -> None:
         self._model_runner: Any | None = model_runner
         self._tp_size = options.tp_size
         self._device = _device_of(model_runner)
@@ -50,7 +51,8 @@ class SGLangTargetRunner:
         )
         self._info = TargetInfo(
             model=model,
-            revision=options.revision,
+            revision=hub_commit(model, options.revision),
+            weights=weights,
             num_layers=int(config.num_hidden_layers),
             hidden_size=int(config.hidden_size),
             vocab_size=int(config.vocab_size),

@@ -17,6 +17,7 @@ from vllm.v1.executor import Executor
 from eagle_target.errors import AdapterError, ConfigError
 from eagle_target.layers import validate_aux_layer_ids
 from eagle_target.options import nearest_name
+from eagle_target.weights_digest import checkpoint_digest
 from eagle_target_vllm.connector import connector_arguments
 from eagle_target_vllm.executors import CONFIG_KEY, target_executor
 from eagle_target_vllm.failures import engine_call
@@ -52,6 +53,7 @@ class LoadedEngine:
     """A running engine.
 
     is_inline: whether the engine itself is in this process; has_inline_worker: whether its only worker is, too.
+    weights: digest of the checkpoint, where its files are here.
     aux_layer_ids: layers it was loaded with, ascending; is_compiled: whether it can have no others.
     facts: what `TargetWorker.start` says.
     """
@@ -61,6 +63,7 @@ class LoadedEngine:
     engine: LLMEngine
     is_inline: bool
     has_inline_worker: bool
+    weights: str | None
     aux_layer_ids: tuple[int, int, int] | None
     is_compiled: bool
     facts: dict[str, Any]
@@ -98,6 +101,7 @@ def load_engine(model: str, options: VLLMOptions, aux_layer_ids: Sequence[int] |
         try:
             facts = engine.collective_rpc("eagle_target", args=("start", options.capture))[0]
             _check_facts(model, facts)
+            weights = checkpoint_digest(model, revision=options.revision, options=_deciding_options(options))
         except BaseException:
             end_engine(engine, inline=inline)
             raise
@@ -107,10 +111,16 @@ def load_engine(model: str, options: VLLMOptions, aux_layer_ids: Sequence[int] |
         engine=engine,
         is_inline=inline,
         has_inline_worker=inline_worker,
+        weights=weights,
         aux_layer_ids=layers,
         is_compiled=not config.model_config.enforce_eager,
         facts=facts,
     )
+
+
+def _deciding_options(options: VLLMOptions) -> dict[str, Any]:
+    """Options that give other values for the same weights."""
+    return {name: getattr(options, name) for name in ("quantization", "load_format", "hf_overrides")}
 
 
 def end_engine(engine: LLMEngine, *, inline: bool) -> None:

@@ -15,6 +15,7 @@ from eagle_target.errors import AdapterError, EngineDead
 from eagle_target.info import TargetInfo
 from eagle_target.layers import validate_aux_layer_ids
 from eagle_target.runner import DraftHead, TargetForward
+from eagle_target.weights_digest import hub_commit
 from eagle_target_vllm.blocks import BlockPool
 from eagle_target_vllm.connector import state_ids
 from eagle_target_vllm.failures import engine_call, is_dead
@@ -283,7 +284,8 @@ def _describe(loaded: LoadedEngine) -> TargetInfo:
     config = loaded.engine.model_config
     return TargetInfo(
         model=loaded.name,
-        revision=loaded.options.revision,
+        revision=hub_commit(loaded.name, loaded.options.revision),
+        weights=loaded.weights,
         num_layers=config.get_total_num_hidden_layers(),
         hidden_size=config.get_hidden_size(),
         vocab_size=config.get_vocab_size(),
