@@ -9,6 +9,8 @@ from eagle_target.errors import ProtocolError, RequestTooLarge
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import torch
+
     from eagle_target.protocol import Limits
     from eagle_target.supervision import SupervisionRequest
 
@@ -25,6 +27,21 @@ def check_answer(url: str, given: Mapping[str, str], expected: Mapping[str, str]
                 f"{url} answered with {name} {given.get(name)!r}, expected {value!r}: "
                 "it answered another request, or was restarted with another target"
             )
+
+
+def check_weights(url: str, tensors: Mapping[str, torch.Tensor], rows: int, hidden_size: int) -> None:
+    """Refuse rows of the embedding or the head that are not of this target's sizes: `weight`, and `bias` if any.
+
+    Raises:
+        ProtocolError: names the tensor.
+    """
+    for name, shape in (("weight", (rows, hidden_size)), ("bias", (rows,))):
+        found = tensors.get(name)
+        if found is None and name == "bias":
+            continue
+        if found is None or tuple(found.shape) != shape or not found.is_floating_point():
+            got = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
+            raise ProtocolError(f"{url} answered with {name} {got}, expected floats {list(shape)}")
 
 
 def check_limits(url: str, request: SupervisionRequest, limits: Limits) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from eagle_target import protocol
 from eagle_target.client.agreement import Negotiator
-from eagle_target.client.checks import check_answer, check_limits
+from eagle_target.client.checks import check_answer, check_limits, check_weights
 from eagle_target.client.control import GIVE_UP_SECONDS, ChannelControl
 from eagle_target.client.errands import present_errand
 from eagle_target.client.timings import received
@@ -148,7 +148,8 @@ class Peer:
     def fetch_input_embedding(self) -> torch.Tensor:
         """The target's input embedding `[vocab, hidden]`."""
         tensors, _ = self._fetch("GET", protocol.INPUT_EMBEDDINGS, answered="")
-        return self._checked_weights(tensors, self.handshake.target.vocab_size)["weight"]
+        check_weights(self.url, tensors, self.handshake.target.vocab_size, self.handshake.target.hidden_size)
+        return tensors["weight"]
 
     def fetch_draft_head(self, mapping: VocabMapping) -> DraftHead:
         """The mapping's rows of the LM head."""
@@ -159,7 +160,7 @@ class Peer:
             encode_tensors({"token_ids": token_ids}, {}),
             answered=protocol.head_digest(token_ids),
         )
-        self._checked_weights(tensors, len(token_ids))
+        check_weights(self.url, tensors, len(token_ids), self.handshake.target.hidden_size)
         soft_cap = metadata.get("soft_cap", "")
         return DraftHead(
             weight=tensors["weight"],
@@ -226,21 +227,6 @@ class Peer:
         metadata = wire.connect(wire.options_model(), {}, control).receive(body, tensors)
         body.check()
         return tensors, metadata
-
-    def _checked_weights(self, tensors: dict[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
-        """Rows of the embedding or of the head, with a bias where there is one.
-
-        Raises:
-            ProtocolError: names the tensor that is not of this target's sizes.
-        """
-        expected = {"weight": (rows, self.handshake.target.hidden_size), "bias": (rows,)}
-        for name, shape in expected.items():
-            found = tensors.get(name)
-            wrong = name == "weight" if found is None else tuple(found.shape) != shape or not found.is_floating_point()
-            if wrong:
-                got = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
-                raise ProtocolError(f"{self.url} answered with {name} {got}, expected floats {list(shape)}")
-        return tensors
 
     @contextmanager
     def _borrow(self) -> Iterator[Agreement]:

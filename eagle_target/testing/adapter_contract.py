@@ -16,6 +16,7 @@ from eagle_target.testing.adapter_oracle import assert_near, check_batch, padded
 from eagle_target.testing.adapter_suite import AUX, DRAFT_VOCAB, AdapterSuite
 from eagle_target.testing.server import loopback_server
 from eagle_target.testing.tiny import shuffled_mapping
+from eagle_target.weights_digest import checkpoint_digest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -42,6 +43,7 @@ class AdapterContractConformance(AdapterSuite):
         assert info.model == str(target.checkpoint)
         assert info.engine == self.adapter.name
         assert info.engine_version == self.adapter.engine_version()
+        assert info.weights in (None, checkpoint_digest(info.model)), "another digest than docs/plugins.md asks for"
         torch.empty(0, dtype=getattr(torch, info.dtype), device=info.device)
 
     def test_tensors_are_what_the_facts_say_and_carry_no_gradient(self, target: LoadedTarget) -> None:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 from eagle_target.adapters import Adapter
 from eagle_target.errors import ConfigError
-from eagle_target.weights_digest import checkpoint_digest, hub_commit
 from eagle_target_hf.options import HFOptions
 
 if TYPE_CHECKING:
@@ -48,6 +47,7 @@ class HFAdapter(Adapter):
         del aux_layer_ids
         if not isinstance(options, HFOptions):
             raise ConfigError(f"adapter 'hf' takes HFOptions, got {type(options).__name__}")
+        from eagle_target.weights_digest import checkpoint_digest, hub_commit
         from eagle_target_hf.loading import load_model
         from eagle_target_hf.runner import HFTargetRunner
 

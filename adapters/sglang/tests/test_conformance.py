@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 from eagle_target_sglang import SGLangAdapter
 
 from eagle_target.testing.adapter_served import ServedAdapterConformance
 from eagle_target.testing.adapters import AdapterConformance, BFloat16Adapter
+from eagle_target.weights_digest import checkpoint_digest
+
+if TYPE_CHECKING:
+    from eagle_target.testing.adapter_suite import LoadedTarget
 
 pytestmark = [pytest.mark.engine_sglang, pytest.mark.filterwarnings("default")]
 
@@ -17,6 +21,9 @@ class TestSGLangAdapter(AdapterConformance, BFloat16Adapter):
     adapter = SGLangAdapter
     # A second engine of a process is refused, and the suite loads several.
     options: ClassVar[dict[str, Any]] = {"in_process": False}
+
+    def test_the_checkpoint_s_weights_are_known(self, target: LoadedTarget) -> None:
+        assert target.runner.info.weights == checkpoint_digest(str(target.checkpoint)) is not None
 
 
 class TestSGLangAdapterServed(ServedAdapterConformance):

@@ -9,9 +9,12 @@ from eagle_target_vllm import VLLMAdapter
 from eagle_target.testing.adapter_served import ServedAdapterConformance
 from eagle_target.testing.adapter_suite import AdapterSuite
 from eagle_target.testing.adapters import AdapterConformance, BFloat16Adapter
+from eagle_target.weights_digest import checkpoint_digest
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from eagle_target.testing.adapter_suite import LoadedTarget
 
 
 class OnVLLM(AdapterSuite):
@@ -30,6 +33,9 @@ class TestVLLMAdapter(OnVLLM, AdapterConformance, BFloat16Adapter):
     """Eager, for the suite changes layers; compiled it is served, below."""
 
     options: ClassVar[dict[str, Any]] = {**OnVLLM.options, "enforce_eager": True}
+
+    def test_the_checkpoint_s_weights_are_known(self, target: LoadedTarget) -> None:
+        assert target.runner.info.weights == checkpoint_digest(str(target.checkpoint)) is not None
 
 
 class TestVLLMAdapterServed(OnVLLM, ServedAdapterConformance):
