@@ -90,6 +90,23 @@ def checkpoint_digest(
     return state.hexdigest()
 
 
+def digest_after_loading(
+    before: str | None, model: str, *, revision: str | None = None, options: Mapping[str, Any] | None = None
+) -> str | None:
+    """The digest once more, right after an engine read the files.
+
+    Args:
+        before: `checkpoint_digest` from just before; None where the files were not here yet.
+
+    Raises:
+        AdapterError: it is another, so nobody knows which bytes the engine read.
+    """
+    after = checkpoint_digest(model, revision=revision, options=options)
+    if before is not None and after != before:
+        raise AdapterError(f"the files of {model!r} changed while they were loaded: load it again once they are whole")
+    return after
+
+
 def module_digest(module: torch.nn.Module) -> str:
     """The same of a module's parameters and buffers, where they are; other bytes than `checkpoint_digest`.
 

@@ -47,14 +47,15 @@ class HFAdapter(Adapter):
         del aux_layer_ids
         if not isinstance(options, HFOptions):
             raise ConfigError(f"adapter 'hf' takes HFOptions, got {type(options).__name__}")
-        from eagle_target.weights_digest import checkpoint_digest, hub_commit
+        from eagle_target.weights_digest import checkpoint_digest, digest_after_loading, hub_commit
         from eagle_target_hf.loading import load_model
         from eagle_target_hf.runner import HFTargetRunner
 
+        before = checkpoint_digest(model, revision=options.revision)
         return HFTargetRunner(
             load_model(model, options),
             max_batch_tokens=options.max_batch_tokens,
             name=model,
             revision=hub_commit(model, options.revision),
-            weights=checkpoint_digest(model, revision=options.revision),
+            weights=digest_after_loading(before, model, revision=options.revision),
         )

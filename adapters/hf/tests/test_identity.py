@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from eagle_target_hf import HFAdapter, HFEagle3TargetModel, HFOptions, HFTargetRunner
+from eagle_target_hf.loading import load_model
 
 from eagle_target import RemoteEagle3TargetModel, VocabMapping
-from eagle_target.errors import ContractError, EngineDead, ProtocolError, ServerError
+from eagle_target.errors import AdapterError, ContractError, EngineDead, ProtocolError, ServerError
 from eagle_target.testing.server import loopback_server
 from eagle_target.testing.tiny import save_tiny_target
 
@@ -134,6 +135,19 @@ def test_a_server_that_comes_back_with_other_weights_is_refused(tmp_path: Path, 
         pytest.raises(ProtocolError, match="another target"),
     ):
         ask()
+
+
+def test_files_that_change_while_they_are_loaded_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path / "target")
+
+    def load_and_change(*arguments: Any) -> Any:
+        loaded = load_model(*arguments)
+        save(path, seed=1)
+        return loaded
+
+    monkeypatch.setattr("eagle_target_hf.loading.load_model", load_and_change)
+    with pytest.raises(AdapterError, match="changed while they were loaded: load it again"):
+        runner_of(path)
 
 
 def test_files_written_over_change_no_loaded_target(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from eagle_target.errors import AdapterError, ConfigError
-from eagle_target.weights_digest import checkpoint_digest
+from eagle_target.weights_digest import checkpoint_digest, digest_after_loading
 from eagle_target_sglang.failures import engine_call
 
 if TYPE_CHECKING:
@@ -46,10 +46,12 @@ def load_in_process(
     try:
         with engine_call("starting the engine", device):
             dtype = checkpoint_dtype(model, options)
+            known_by = _known_by(options)
+            # One rank speaks for all.
+            before = checkpoint_digest(model, **known_by) if rank == 0 else None
             model_runner = _start(model, options, dtype, rank=rank, port=port or free_port())
-            runner = SGLangTargetRunner(
-                model_runner, model=model, options=options, weights=_weights(model, options) if rank == 0 else None
-            )
+            weights = digest_after_loading(before, model, **known_by) if rank == 0 else None
+            runner = SGLangTargetRunner(model_runner, model=model, options=options, weights=weights)
             _log_memory(model_runner, runner, rank)
     except ConfigError:
         _started.release()
@@ -90,9 +92,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _weights(model: str, options: SGLangOptions) -> str | None:
+def _known_by(options: SGLangOptions) -> dict[str, Any]:
+    """What tells the digest which weights these are, and what else decides their values."""
     deciding = {"quantization": options.quantization, "load_format": options.load_format}
-    return checkpoint_digest(model, revision=options.revision, options=deciding)
+    return {"revision": options.revision, "options": deciding}
 
 
 def _start(model: str, options: SGLangOptions, dtype: str, *, rank: int, port: int) -> Any:

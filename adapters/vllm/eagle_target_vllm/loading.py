@@ -17,7 +17,7 @@ from vllm.v1.executor import Executor
 from eagle_target.errors import AdapterError, ConfigError
 from eagle_target.layers import validate_aux_layer_ids
 from eagle_target.options import nearest_name
-from eagle_target.weights_digest import checkpoint_digest
+from eagle_target.weights_digest import checkpoint_digest, digest_after_loading
 from eagle_target_vllm.connector import connector_arguments
 from eagle_target_vllm.executors import CONFIG_KEY, target_executor
 from eagle_target_vllm.failures import engine_call
@@ -86,6 +86,8 @@ def load_engine(model: str, options: VLLMOptions, aux_layer_ids: Sequence[int] |
     guard = INLINE_LOCK if inline else nullcontext()
     with engine_call(f"loading {model!r}", vllm.__version__), guard, _environment(options, inline_worker=inline_worker):
         arguments = engine_arguments(model, options)
+        known_by: dict[str, Any] = {"revision": options.revision, "options": _deciding_options(options)}
+        before = checkpoint_digest(model, **known_by)
         model_config = arguments.create_model_config()
         arguments.dtype = _dtype(model_config, options)
         layers = _set_layers(arguments, options, aux_layer_ids, model_config)
@@ -101,7 +103,7 @@ def load_engine(model: str, options: VLLMOptions, aux_layer_ids: Sequence[int] |
         try:
             facts = engine.collective_rpc("eagle_target", args=("start", options.capture))[0]
             _check_facts(model, facts)
-            weights = checkpoint_digest(model, revision=options.revision, options=_deciding_options(options))
+            weights = digest_after_loading(before, model, **known_by)
         except BaseException:
             end_engine(engine, inline=inline)
             raise
