@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol, Self, overload
+
+import torch
 
 from eagle_target.prefetch import Prefetch
 from eagle_target.vocabulary import VocabMapping
@@ -12,8 +13,6 @@ from eagle_target.vocabulary import VocabMapping
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from types import TracebackType
-
-    import torch
 
     from eagle_target.batch import Eagle3TargetBatch
     from eagle_target.sequences import SeqLens
@@ -84,11 +83,22 @@ class Eagle3TargetBackend(ABC):
 
     @abstractmethod
     def input_embedding_weight(self) -> torch.Tensor:
-        """The target's input embedding `[vocab, hidden]` on the backend's device."""
+        """The target's input embedding `[vocab, hidden]` on the backend's device, in the model's dtype.
 
-    def get_input_embeddings(self) -> SimpleNamespace:
-        """Return an object whose `.weight` is the target's input embedding, to seed a draft."""
-        return SimpleNamespace(weight=self.input_embedding_weight())
+        Memory of its own, made anew at each call: the caller may write to it, and the target does not change.
+        """
+
+    def get_input_embeddings(self) -> torch.nn.Embedding:
+        """Return a module whose `.weight` is a copy of the target's input embedding, to seed a draft.
+
+        A parameter that can be trained, as any module's; a draft that keeps the embedding as it is freezes it. On the
+        device where batches go, in the model's dtype, made anew at each call. The rows are the checkpoint's, without
+        those that an engine pads its weight with: a factor that a model multiplies what it looks up with, as Gemma
+        does, is not in them.
+        """
+        weight = self.input_embedding_weight()
+        vocab_size, hidden_size = weight.shape
+        return torch.nn.Embedding(vocab_size, hidden_size, _weight=weight)
 
     @overload
     def set_vocab_mapping(self, mapping: VocabMapping, /) -> None: ...

@@ -69,10 +69,12 @@ class RunnerEagle3TargetModel(RequestingBackend):
         }
 
     def input_embedding_weight(self) -> torch.Tensor:
-        """The runner's own tensor, moved to the backend's device."""
+        """See `Eagle3TargetBackend.input_embedding_weight`."""
         with self._engine:
             self._check_open()
-            return self.runner.input_embedding_weight().to(self.form.device)
+            weight = self.runner.input_embedding_weight().detach()
+            # A runner gives its model's own memory, which a trainer that writes to it would change.
+            return weight.to(self.form.device, copy=True, memory_format=torch.contiguous_format)
 
     def _answer(self, rows: TrainerRows, request: SupervisionRequest, head: DraftHead | None) -> Eagle3TargetBatch:
         assembler = self._assembler(rows, request, head)

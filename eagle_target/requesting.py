@@ -13,6 +13,7 @@ from eagle_target.assembly import BatchAssembler
 from eagle_target.backend import Eagle3TargetBackend
 from eagle_target.errors import ContractError
 from eagle_target.trainer_rows import read_trainer_rows
+from eagle_target.vocabulary import VocabMapping
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from eagle_target.sequences import SeqLens
     from eagle_target.supervision import SupervisionRequest
     from eagle_target.trainer_rows import TrainerRows
-    from eagle_target.vocabulary import VocabMapping
 
 
 class BatchForm(NamedTuple):
@@ -134,6 +134,8 @@ class RequestingBackend(Eagle3TargetBackend):
     def _use_mapping(self, mapping: VocabMapping) -> None:
         self._check_open()
         mapping.check_target(self.info.vocab_size)
+        # The trainer's own may be a draft's buffers, which change in place when a checkpoint is loaded.
+        mapping = VocabMapping(mapping.selected_token_ids, mapping.selected_token_mask)
         head: DraftHead | None = None
         if self.form.encoding == "hidden":
             head = self._fetch_draft_head(mapping)

@@ -87,11 +87,11 @@ class TargetRunner(Protocol):
         ...
 
     def input_embedding_weight(self) -> torch.Tensor:
-        """The input embedding, `[vocab, hidden]`."""
+        """The input embedding, `[vocab, hidden]`; it may be the model's own memory: whoever hands it on copies it."""
         ...
 
     def draft_head(self, token_ids: torch.Tensor) -> DraftHead | None:
-        """Rows of the LM head for `[n]` int64 ids; None where the head is nothing so simple."""
+        """A copy of the LM head's rows for `[n]` int64 ids; None where the head is nothing so simple."""
         ...
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TrainerRows:
-    """A trainer's checked input: `[batch, seq]` rows and where the sequences lie in them.
+    """A trainer's checked input: `[batch, seq]` rows, in memory of their own, and where the sequences lie in them.
 
     supervised: bool `[tokens]`; a token whose prediction bears loss: it is masked in and starts no sequence.
     """
@@ -101,14 +101,15 @@ def read_trainer_rows(
         doc_remaining = layout.unpack(layout.doc_remaining()) if doc_remaining is None else doc_remaining
     if doc_remaining is not None:
         _check_shape("doc_remaining", doc_remaining, layout)
+    # Copies: a data loader may fill the same memory again while the answer is on its way.
     return TrainerRows(
         layout=layout,
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        loss_mask=loss_mask,
-        position_ids=position_ids,
-        seq_lens=lengths,
-        doc_remaining=doc_remaining,
+        input_ids=input_ids.clone(),
+        attention_mask=attention_mask.clone(),
+        loss_mask=loss_mask.clone(),
+        position_ids=None if position_ids is None else position_ids.clone(),
+        seq_lens=None if lengths is None else lengths.clone(),
+        doc_remaining=None if doc_remaining is None else doc_remaining.clone(),
         supervised=supervised,
     )
 

@@ -66,8 +66,8 @@ class VocabMapping:
 
     @property
     def t2d(self) -> torch.Tensor:
-        """Bool `[vocab]`, the same as `selected_token_mask` (the EAGLE repository's file format)."""
-        return self.selected_token_mask
+        """Bool `[vocab]`, a copy of `selected_token_mask` (the EAGLE repository's file format)."""
+        return self.selected_token_mask.clone()
 
     @property
     def is_whole(self) -> bool:

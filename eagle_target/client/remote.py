@@ -186,7 +186,7 @@ class RemoteEagle3TargetModel(RequestingBackend):
         return bytes_per_token(self.info, encodings, None if mapping is None else mapping.draft_vocab_size)
 
     def input_embedding_weight(self) -> torch.Tensor:
-        """Fetched at each call; keep it."""
+        """See `Eagle3TargetBackend.input_embedding_weight`; fetched at each call, so keep it."""
         self._check_open()
         return self._dispatcher.run(lambda peer: peer.fetch_input_embedding()).to(self.form.device)
 

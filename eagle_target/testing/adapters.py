@@ -139,6 +139,17 @@ class AdapterParityConformance(AdapterSuite):
         weight = either_head.runner.input_embedding_weight()
         assert torch.equal(weight.cpu(), either_head.oracle.input_embedding())
 
+    def test_what_is_handed_out_is_a_copy(self, either_head: LoadedTarget) -> None:
+        vocab_size = either_head.oracle.vocab_size
+        backend = RunnerEagle3TargetModel(either_head.runner, AUX)
+        head = either_head.runner.draft_head(torch.arange(vocab_size))
+        given = [] if head is None else [tensor for tensor in (head.weight, head.bias) if tensor is not None]
+        with torch.no_grad():
+            for tensor in (backend.get_input_embeddings().weight, *given):
+                tensor.zero_()
+        assert torch.equal(backend.get_input_embeddings().weight.cpu(), either_head.oracle.input_embedding())
+        self.check_rows(either_head, padded_input([5, 3], vocab_size))
+
     def test_draft_head_is_the_engines_columns(self, either_head: LoadedTarget) -> None:
         ids = shuffled_mapping(either_head.oracle.vocab_size, DRAFT_VOCAB).selected_token_ids
         head = either_head.runner.draft_head(ids)

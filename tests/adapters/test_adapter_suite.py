@@ -88,6 +88,20 @@ class HeadColumnsAscending(Good):
         return self.runner.draft_head(token_ids.sort().values)
 
 
+class HeadItself(Good):
+    def __init__(self, runner: TargetRunner) -> None:
+        super().__init__(runner)
+        head = runner.draft_head(torch.arange(runner.info.vocab_size))
+        assert head is not None
+        self.head = head
+
+    def draft_head(self, token_ids: torch.Tensor) -> DraftHead | None:
+        return self.head
+
+    def compute_logits(self, last_hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.head.compute_logits(last_hidden_states)
+
+
 class BuffersReused(Good):
     buffer = torch.empty(0)
 
@@ -131,6 +145,7 @@ MISTAKES = {
     Shifted: "test_padded_rows",
     HeadScaled: "test_ragged_sequences",
     HeadColumnsAscending: "test_draft_head_is_the_engines_columns",
+    HeadItself: "test_what_is_handed_out_is_a_copy",
     BuffersReused: "test_a_later_forward_leaves_earlier_tensors_alone",
     NotDeterministic: "test_same_request_gives_the_same_bits",
     NotANumber: "test_one_token",

@@ -126,6 +126,20 @@ def test_facts_about_the_target(server: HttpServer) -> None:
         assert torch.equal(target.input_embedding_weight(), EmbeddingRunner().input_embedding_weight())
 
 
+def test_the_embedding_seeds_a_draft_and_is_fetched_anew(server: HttpServer) -> None:
+    given = EmbeddingRunner().input_embedding_weight()
+    with remote(server.url) as target:
+        draft = torch.nn.Embedding(*given.shape)
+        draft.weight = target.get_input_embeddings().weight
+        assert torch.equal(draft.weight, given)
+        optimizer = torch.optim.SGD(draft.parameters(), lr=1.0)
+        torch.autograd.backward(draft(rows_of()["input_ids"]).square().sum())
+        optimizer.step()
+        assert not torch.equal(draft.weight, given)
+        assert torch.equal(target.get_input_embeddings().weight, given)
+        assert_same_batch(target.generate_batch(**rows_of()), expected_batch(rows_of()))
+
+
 def test_both_servers_work_under_prefetch() -> None:
     runners = [TestRunner(delay=0.02) for _ in range(2)]
     items = [rows_of(seed) for seed in range(16)]

@@ -457,6 +457,99 @@ def test_input_embedding_is_the_runners() -> None:
     assert torch.equal(target.get_input_embeddings().weight, runner_of(target).input_embedding_weight())
 
 
+def test_the_embedding_seeds_a_draft_that_is_trained_without_moving_the_target() -> None:
+    target = target_of()
+    before, given = target.generate_batch(*PADDED), runner_of(target).input_embedding_weight().clone()
+    draft = torch.nn.Embedding(VOCAB, 16)
+    draft.weight = target.get_input_embeddings().weight
+    optimizer = torch.optim.SGD(draft.parameters(), lr=1.0)
+    torch.autograd.backward(draft(PADDED[0]).square().sum())
+    optimizer.step()
+    assert not torch.equal(draft.weight, given)
+    assert torch.equal(target.get_input_embeddings().weight, given)
+    assert_same(target.generate_batch(*PADDED), before)
+
+
+class WeightsOfAnEngine(EmbeddingRunner):
+    """Its embedding is a frozen parameter made under inference mode, of which the last rows and columns are padding."""
+
+    @torch.inference_mode()
+    def input_embedding_weight(self) -> torch.Tensor:
+        weight = super().input_embedding_weight()
+        padded = torch.nn.functional.pad(weight, (0, 3, 0, 11))
+        return torch.nn.Parameter(padded, requires_grad=False)[: len(weight), : weight.shape[1]]
+
+
+def test_an_engines_weight_becomes_a_plain_one_that_can_be_trained() -> None:
+    runner = WeightsOfAnEngine(**HEAD)  # type: ignore[arg-type]
+    weight = target_of(runner=runner).get_input_embeddings().weight
+    assert (weight.is_leaf, weight.requires_grad, weight.is_inference()) == (True, True, False)
+    assert weight.is_contiguous()
+    assert weight.untyped_storage().nbytes() == VOCAB * 16 * 4
+    torch.autograd.backward(weight.sum())
+    assert weight.grad is not None
+
+
+def test_what_a_call_gave_is_not_given_again() -> None:
+    target = target_of()
+    first, second = target.input_embedding_weight(), target.input_embedding_weight()
+    first.zero_()
+    assert second.any()
+    assert target.get_input_embeddings().weight.any()
+
+
+def test_a_batch_is_the_trainers() -> None:
+    mask, seq_lens = LAYOUTS["packed"]
+    rows, lengths = rows_for(mask), torch.tensor(seq_lens)
+    for encoding in ENCODINGS:
+        target = target_of(encoding=encoding)
+        given = [tensor.clone() for tensor in (*rows, lengths)]
+        first = target.generate_batch(*rows, seq_lens=lengths)
+        kept = {name: tensor.clone() for name, tensor in first.tensors().items()}
+        for tensor in first.tensors().values():
+            tensor.zero_()
+        assert all(torch.equal(now, then) for now, then in zip((*rows, lengths), given, strict=True))
+        again = target.generate_batch(*rows, seq_lens=lengths).tensors()
+        assert all(torch.equal(again[name], tensor) for name, tensor in kept.items())
+
+
+def test_a_loader_may_fill_its_tensors_again_while_a_batch_is_on_its_way() -> None:
+    runner = Held(**HEAD)
+    target = target_of(runner=runner)
+    mask, seq_lens = LAYOUTS["packed"]
+    rows, lengths = rows_for(mask.clone()), torch.tensor(seq_lens)
+    expected = target_of().generate_batch(*rows, seq_lens=lengths)
+    handle = target.generate_batch_async(*rows, seq_lens=lengths)
+    for tensor in (*rows, lengths):
+        tensor.zero_()
+    runner.go_on.set()
+    assert_same(handle.result(), expected)
+
+
+class Held(EmbeddingRunner):
+    """Runs no forward before it is told to."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.go_on = threading.Event()
+
+    def forward_eagle3(self, input_ids: torch.Tensor, seq_lens: Sequence[int]) -> TargetForward:
+        assert self.go_on.wait(60.0)
+        return super().forward_eagle3(input_ids, seq_lens)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_mapping_that_a_draft_changes_in_place_is_not_the_targets(encoding: Encoding) -> None:
+    mapping = VocabMapping.from_ids(MAPPING.selected_token_ids, VOCAB)
+    target = target_of(mapping, encoding=encoding)
+    expected = target_of(encoding=encoding).generate_batch(*PADDED)
+    mapping.t2d.zero_()
+    assert mapping.selected_token_mask.any()
+    mapping.selected_token_ids.copy_(mapping.selected_token_ids.flip(0))
+    mapping.selected_token_mask.zero_()
+    assert_same(target.generate_batch(*PADDED), expected)
+
+
 class InferenceOnly(EmbeddingRunner):
     """An engine that runs under inference mode, as most do."""
 

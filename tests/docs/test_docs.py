@@ -132,7 +132,7 @@ def _trainer() -> dict[str, Any]:
         **row,
         "mapping": _mapping(),
         "dataloader": [row, row, row],
-        "draft": SimpleNamespace(embed=SimpleNamespace(weight=None)),
+        "draft": SimpleNamespace(embed=torch.nn.Embedding(VOCAB, 1)),
         "trainer": lambda **inputs: inputs["target_probs"].sum(),
     }
 

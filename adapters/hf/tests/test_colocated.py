@@ -115,6 +115,27 @@ def test_embedding_is_the_target_s() -> None:
     assert torch.equal(HFEagle3TargetModel(model, AUX).input_embedding_weight(), model.model.embed_tokens.weight)
 
 
+@pytest.mark.parametrize("layout", ["llama", "llama-tied", "gemma2"])
+def test_training_a_draft_s_embedding_does_not_move_the_target(layout: str) -> None:
+    model = tiny.build(layout)
+    rows = trainer_rows(ROWS["right-padded"])
+    target = HFEagle3TargetModel(model, AUX, encoding="logits")
+    before, weights = target.generate_batch(*rows), {name: p.clone() for name, p in model.state_dict().items()}
+    draft = torch.nn.Embedding(tiny.VOCAB, tiny.HIDDEN)
+    draft.weight = target.get_input_embeddings().weight
+    # Gemma multiplies what it looks up, which is not in the weight.
+    assert torch.equal(draft.weight, model.model.embed_tokens.weight)
+
+    optimizer = torch.optim.SGD(draft.parameters(), lr=1.0)
+    torch.autograd.backward(draft(rows[0]).square().sum())
+    optimizer.step()
+
+    assert not torch.equal(draft.weight, model.model.embed_tokens.weight)
+    assert all(torch.equal(p, weights[name]) for name, p in model.state_dict().items())
+    after = target.generate_batch(*rows)
+    assert all(torch.equal(after.tensors()[name], tensor) for name, tensor in before.tensors().items())
+
+
 def test_close_twice_leaves_the_user_s_model() -> None:
     model = tiny.build("llama")
     target = HFEagle3TargetModel(model, AUX, encoding="logits")

@@ -47,7 +47,7 @@ class Head:
             return None
         scale = getattr(self._processor, "logit_scale", None)
         return DraftHead(
-            weight=self._rows(weight, token_ids.to(weight.device)),
+            weight=_rows(self._lm_head, token_ids, self._vocab_size, self._tp_size),
             logit_scale=1.0 if scale is None else float(scale),
             soft_cap=getattr(self._processor, "final_logit_softcapping", None) or None,
         )
@@ -62,15 +62,6 @@ class Head:
         difference = (head.compute_logits(hidden.to(head.weight.dtype)).float() - own).norm()
         return bool(difference <= DRAFT_TOLERANCE[head.weight.dtype] * own.norm().clamp_min(1e-6))
 
-    def _rows(self, weight: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-        if self._tp_size == 1:
-            return weight.detach().index_select(0, token_ids)
-        shard = self._lm_head.shard_indices
-        start, end = shard.org_vocab_start_index, shard.org_vocab_end_index
-        mine = (token_ids >= start) & (token_ids < end)
-        rows = weight.detach().index_select(0, (token_ids - start).clamp(0, len(weight) - 1)) * mine[:, None]
-        return generations.all_reduce(rows)
-
 
 def input_embedding_weight(model: Any, vocab_size: int, tp_size: int) -> torch.Tensor:
     """The input embedding `[vocab, hidden]`: SGLang's own memory, or put together from the ranks' shards.
@@ -82,8 +73,25 @@ def input_embedding_weight(model: Any, vocab_size: int, tp_size: int) -> torch.T
     weight = getattr(embedding, "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.dtype not in _PLAIN:
         raise AdapterError(f"SGLang's {type(model).__name__} has no plain input embedding")
-    if tp_size == 1:
+    if _is_whole(embedding, vocab_size, tp_size):
         return weight.detach()[:vocab_size]
-    # A lookup of every id: SGLang then sums over the shards itself.
-    ids = torch.arange(vocab_size, device=weight.device)
-    return torch.cat([embedding(part) for part in torch.split(ids, EMBEDDING_ROWS)])  # type: ignore[misc]
+    parts = torch.split(torch.arange(vocab_size), EMBEDDING_ROWS)
+    return torch.cat([_rows(embedding, part, vocab_size, tp_size) for part in parts])
+
+
+def _rows(module: Any, token_ids: torch.Tensor, vocab_size: int, tp_size: int) -> torch.Tensor:
+    """A copy of a weight's rows for `[n]` ids, as they are: a module may multiply what it looks up, as Gemma's does."""
+    weight = module.weight.detach()
+    token_ids = token_ids.to(weight.device)
+    if _is_whole(module, vocab_size, tp_size):
+        return weight.index_select(0, token_ids)  # type: ignore[no-any-return]
+    start, end = module.shard_indices.org_vocab_start_index, module.shard_indices.org_vocab_end_index
+    mine = (token_ids >= start) & (token_ids < end)
+    rows = weight.index_select(0, (token_ids - start).clamp(0, len(weight) - 1)) * mine[:, None]
+    return generations.all_reduce(rows)
+
+
+def _is_whole(module: Any, vocab_size: int, tp_size: int) -> bool:
+    """Whether each rank has all rows; SGLang does not shard the embedding of every model."""
+    shard = getattr(module, "shard_indices", None)
+    return tp_size == 1 or shard is None or shard.org_vocab_end_index - shard.org_vocab_start_index >= vocab_size
