@@ -121,7 +121,7 @@ class HFTargetRunner:
         return forward
 
     def token_capacity(self) -> int | None:
-        """See `CapacityRunner`; on CUDA, once a forward has been measured."""
+        """See `CapacityRunner`; on CUDA, once a sizeable forward has been measured."""
         return self._memory.token_capacity()
 
     def compute_logits(self, last_hidden_states: torch.Tensor) -> torch.Tensor:
@@ -135,6 +135,7 @@ class HFTargetRunner:
             raise AdapterError(
                 f"{proven.execution.architecture.name} gives no logits for hidden states: use those of its forward"
             )
+        self._memory.note_head()
         with engine_call("the target's head", self._device, self._max_batch_tokens):
             return proven.head(last_hidden_states)
 
