@@ -112,7 +112,8 @@ def module_digest(module: torch.nn.Module) -> str:
 
     A tensor without plain memory of its own, an offloaded one say, counts with its name, dtype and shape.
     """
-    tensors = sorted((name, tensor) for name, tensor in module.state_dict().items() if torch.is_tensor(tensor))
+    # Not its state_dict, which sharded and quantised modules assemble by hooks.
+    tensors = sorted([*module.named_parameters(), *module.named_buffers()], key=lambda item: item[0])
     total = sum(tensor.nbytes for _, tensor in tensors)
     state = xxhash.xxh3_128()
     for name, tensor in tensors:
