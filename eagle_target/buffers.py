@@ -37,6 +37,14 @@ def trim_heap() -> bool:
     return trim is not None and bool(trim(0))
 
 
+def new_block(size: int) -> mmap.mmap:
+    """Fresh memory of the system."""
+    block = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        block.madvise(mmap.MADV_HUGEPAGE)
+    return block
+
+
 class BufferPool:
     """Allocates tensors whose memory comes back when the last tensor that shares it is gone.
 
@@ -93,10 +101,7 @@ class BufferPool:
                 if not blocks:
                     del self._idle[fitting]
                 return block
-        block = mmap.mmap(-1, size)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            block.madvise(mmap.MADV_HUGEPAGE)
-        return block
+        return new_block(size)
 
     def _give_back(self, block: mmap.mmap) -> None:
         size = len(block)

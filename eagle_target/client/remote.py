@@ -19,6 +19,7 @@ from eagle_target.client.peer import Peer
 from eagle_target.client.staging import StagedSink
 from eagle_target.client.timings import Traffic
 from eagle_target.errors import ConfigError, ConnectError
+from eagle_target.pinned import PinnedPool
 from eagle_target.plugins import load_plugins
 from eagle_target.projection import PROBS_DTYPES, Encoding, RowPolicy
 from eagle_target.requesting import BatchForm, RequestingBackend
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from eagle_target.vocabulary import VocabMapping
 
 WORKERS_PER_SERVER = 4
+# Longer than most steps take, for pinned memory that the next batch needs again is worth keeping.
+STAGING_IDLE_SECONDS = 60.0
 
 
 class Answered(NamedTuple):
@@ -57,6 +60,7 @@ class RemoteEagle3TargetModel(RequestingBackend):
         self._fingerprint = first.fingerprint
         self._aux_layer_ids = first.aux_layer_ids
         self._buffers = BufferPool()
+        self._staging = PinnedPool(form.device) if form.device.type == "cuda" else BufferPool()
         self._traffic = Traffic()
         self._hedging = None if hedge_after is None else Hedging[Answered](dispatcher, hedge_after, self._forget)
 
@@ -198,12 +202,13 @@ class RemoteEagle3TargetModel(RequestingBackend):
 
     def _ask(self, peer: Peer, rows: TrainerRows, request: SupervisionRequest, head: DraftHead | None) -> Answered:
         def make_sink() -> StagedSink:
-            return StagedSink(self._assembler(rows, request, head), self.form.device)
+            return StagedSink(self._assembler(rows, request, head), self.form.device, self._staging.allocate)
 
         sink, received = peer.supervise(request, make_sink)
         started = time.perf_counter()
         with torch.no_grad():
             batch = sink.finish()
+        self._staging.trim(STAGING_IDLE_SECONDS)
         return Answered(batch, received, time.perf_counter() - started)
 
     def _forget(self, errand: Errand, ended: Future[Answered]) -> None:
@@ -230,6 +235,7 @@ class RemoteEagle3TargetModel(RequestingBackend):
         if self._hedging is not None:
             self._hedging.join()
         self._buffers.close()
+        self._staging.close()
 
     def _allocate(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         if self.form.device.type == "cpu":

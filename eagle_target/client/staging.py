@@ -13,17 +13,19 @@ if TYPE_CHECKING:
 
     from eagle_target.assembly import BatchAssembler
     from eagle_target.batch import Eagle3TargetBatch
+    from eagle_target.rows import Allocate
 
 
 class StagedSink:
     """A sink for an assembler: on the CPU the assembler's own stores, for a device pinned memory that is copied there.
 
     Args:
-        assembler: what makes the batch. device: where the batch goes.
+        assembler: what makes the batch. device: where the batch goes. allocate: makes pinned memory.
     """
 
-    def __init__(self, assembler: BatchAssembler, device: torch.device) -> None:
+    def __init__(self, assembler: BatchAssembler, device: torch.device, allocate: Allocate) -> None:
         self._assembler = assembler
+        self._allocate = allocate
         self._direct = device.type == "cpu"
         self._staged: dict[str, torch.Tensor] = {}
 
@@ -31,7 +33,7 @@ class StagedSink:
         """Return the assembler's store, or a packed one in pinned memory."""
         if self._direct:
             return self._assembler.allocate(name, shape, dtype)
-        self._staged[name] = torch.empty(tuple(shape), dtype=dtype, pin_memory=torch.cuda.is_available())
+        self._staged[name] = self._allocate(shape, dtype)
         return RowStore(self._staged[name])
 
     def put(self, name: str, rows: torch.Tensor) -> None:
@@ -40,9 +42,12 @@ class StagedSink:
 
     def finish(self) -> Eagle3TargetBatch:
         """Copy what is staged to the device, wait until the pinned memory can be used again, and return the batch."""
-        staged = bool(self._staged)
-        while self._staged:
-            self._assembler.put(*self._staged.popitem())
-        if staged and torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()
+        try:
+            for name, rows in self._staged.items():
+                self._assembler.put(name, rows)
+        finally:
+            if self._staged and torch.cuda.is_available():
+                torch.cuda.current_stream().synchronize()
+        # Not before: others may write to the memory from now on.
+        self._staged.clear()
         return self._assembler.finish()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from eagle_target.buffers import BufferPool
+from eagle_target.pinned import PinnedPool
 from eagle_target.rows import PackedTensors, RowStore
 
 if TYPE_CHECKING:
@@ -25,21 +26,18 @@ IDLE_SECONDS = 10.0
 
 
 class HostMemory:
-    """Memory of answers: used again, and pinned where they come from a device.
+    """Memory of answers: used again, and pinned where they come from a CUDA device.
 
     Args:
-        pinned: whether answers come from a CUDA device.
+        device: where answers come from.
     """
 
-    def __init__(self, *, pinned: bool) -> None:
-        self.pinned = pinned
-        self._pool = BufferPool()
+    def __init__(self, device: torch.device) -> None:
+        self.pinned = device.type == "cuda"
+        self._pool = PinnedPool(device) if self.pinned else BufferPool()
 
     def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Return an uninitialised CPU tensor."""
-        if self.pinned:
-            # torch keeps pinned memory for later itself, until copies to it are over.
-            return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
+        """Return an uninitialised CPU tensor, to be kept until copies to it are over."""
         return self._pool.allocate(shape, dtype)
 
     def trim(self) -> None:

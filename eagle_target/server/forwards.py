@@ -121,7 +121,11 @@ class ForwardStage:
             DeferredSink(answer.sink(part.missing, is_shared=len(parts) > 1))
             for part, answer in zip(parts, answers, strict=True)
         ]
-        seconds = runner.supervise([part.request() for part in parts], sinks)
+        try:
+            seconds = runner.supervise([part.request() for part in parts], sinks)
+        except BaseException:
+            self._order.settle()
+            raise
         mark = self._order.forwarded()
         for part in parts:
             for stage, spent in seconds.items():

@@ -146,7 +146,7 @@ class EngineLife:
         )
         answering = AnswerStage(self._queue, self._note, self._die)
         second: SecondStage[Forwarded] = SecondStage(answering.handle, answering.abandon, is_threaded=is_beside)
-        memory = HostMemory(pinned=device.type == "cuda")
+        memory = HostMemory(device)
         self._forwards = ForwardStage(
             runner, memory, DeviceOrder(device, is_beside=is_beside), second, self._watchdog.watching
         )

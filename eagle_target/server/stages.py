@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
@@ -111,6 +111,15 @@ class DeviceOrder:
         event.record(torch.cuda.current_stream(self._device))
         return event
 
+    def settle(self) -> None:
+        """Wait for the copies that a failure left under way: the memory they go to is then given to others.
+
+        What a broken device says is left out, for the failure is to be told.
+        """
+        if self._on_cuda:
+            with suppress(RuntimeError):
+                torch.cuda.current_stream(self._device).synchronize()
+
     @contextmanager
     def following(self, forward: TargetForward | None, mark: torch.cuda.Event | None) -> Iterator[None]:
         """Work on a forward's tensors inside; copies to the CPU are complete afterwards."""
@@ -126,7 +135,11 @@ class DeviceOrder:
                     if tensor is not None:
                         # The allocator must not give the memory to the next forward before this stream is through.
                         tensor.record_stream(stream)
-            yield
+            try:
+                yield
+            except BaseException:
+                self.settle()
+                raise
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(stream)
             done.synchronize()

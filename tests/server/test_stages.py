@@ -284,7 +284,7 @@ def test_on_cuda_what_follows_a_forward_sees_it_whole_and_is_over_when_it_is_ans
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     device = torch.device("cuda:0")
-    order, memory = DeviceOrder(device, is_beside=True), HostMemory(pinned=True)
+    order, memory = DeviceOrder(device, is_beside=True), HostMemory(device)
     size = 1 << 12
     for step in range(20):
         left = torch.full((size, size), 1.0 + step, device=device)

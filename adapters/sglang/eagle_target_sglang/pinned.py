@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from eagle_target.pinned import PinnedPool
+
 BUFFER_BYTES = 16 << 20
 
 
@@ -20,12 +22,13 @@ class PinnedCopier:
         self._device = device
         self._buffer_bytes = buffer_bytes
         self._buffers: list[torch.Tensor] = []
+        self._pool = PinnedPool(device, slab_bytes=2 * buffer_bytes)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Copy a tensor into a contiguous one on the CPU of the same shape, converted to its dtype."""
         if not self._buffers:
-            pin = self._device.type == "cuda"
-            self._buffers = [torch.empty(self._buffer_bytes, dtype=torch.uint8, pin_memory=pin) for _ in range(2)]
+            allocate = self._pool.allocate if self._device.type == "cuda" else torch.empty
+            self._buffers = [allocate((self._buffer_bytes,), dtype=torch.uint8) for _ in range(2)]
         pieces = torch.split(_bytes_of(source.to(target.dtype)), self._buffer_bytes)
         places = torch.split(_bytes_of(target), self._buffer_bytes)
         previous: tuple[torch.Tensor, torch.Tensor, torch.cuda.Event | None] | None = None

@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
+import gc
+from contextlib import nullcontext
+
 import pytest
 import torch
 from eagle_target_sglang.messages import share
 from eagle_target_sglang.pinned import PinnedCopier
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int32, torch.bool)
+
+
+class Runtime:
+    """Stands for CUDA where memory is registered and copied to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ranges: dict[int, int] = {}
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: self)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: self)
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:  # noqa: N802
+        self.ranges[address] = size
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+        del self.ranges[address]
+        return 0
+
+    def record_event(self) -> Runtime:
+        return self
+
+    def synchronize(self) -> None:
+        pass
 
 
 def check_copies(device: torch.device, dtype: torch.dtype, elements: int) -> None:
@@ -46,3 +73,14 @@ def test_tensors_of_a_device_are_shared_through_pinned_buffers() -> None:
     for name, tensor in given.items():
         assert torch.equal(shared[name], tensor.cpu())
     shared.close()
+
+
+def test_the_buffers_are_pinned_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime, copier = Runtime(monkeypatch), PinnedCopier(torch.device("cuda:0"), buffer_bytes=3 << 20)
+    given, target = torch.arange(5 << 20), torch.empty(5 << 20, dtype=torch.int64)
+    copier.copy(target, given)
+    assert torch.equal(target, given)
+    assert list(runtime.ranges.values()) == [6 << 20]
+    del copier
+    gc.collect()
+    assert runtime.ranges == {}

@@ -6,13 +6,14 @@ import logging
 import queue
 import weakref
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-
+from eagle_target.pinned import Registration
 from eagle_target_vllm.memory import ALIGNMENT, SharedBlock
 
 if TYPE_CHECKING:
+    import torch
+
     from eagle_target_vllm.memory import Address, Slot
 
 logger = logging.getLogger(__name__)
@@ -86,8 +87,10 @@ class OpenBlocks:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._pins = device.type == "cuda"
-        self._open: dict[int, tuple[SharedBlock, bool]] = {}
+        self._has_failed = False
+        self._open: dict[int, tuple[SharedBlock, Registration | None]] = {}
 
     def open(self, address: Address) -> tuple[SharedBlock, bool]:
         """The block of an address, and whether it is pinned."""
@@ -96,37 +99,26 @@ class OpenBlocks:
             return SharedBlock.open(address), False
         if serial not in self._open:
             block = SharedBlock.open(address)
-            self._open[serial] = block, self._pins and pin(block)
-        return self._open[serial]
+            self._open[serial] = block, self._pin(block) if self._pins else None
+        block, registration = self._open[serial]
+        return block, registration is not None
 
     def forget(self, serials: list[int]) -> None:
         """Close blocks; those that were never open are passed over."""
         for serial in serials:
-            block, is_pinned = self._open.pop(serial, (None, False))
-            if block is not None and is_pinned:
-                unpin(block)
+            _, registration = self._open.pop(serial, (None, None))
+            if registration is not None:
+                registration.release()
 
-
-def pin(block: SharedBlock) -> bool:
-    """Register a block's memory with CUDA; False, and a warning, where CUDA will not."""
-    runtime = _runtime()
-    error = int(runtime.cudaHostRegister(block.pointer, block.size, 0))
-    if error:
-        logger.warning("CUDA does not pin %d bytes (error %d): copies to the host are slower", block.size, error)
-    return not error
-
-
-def unpin(block: SharedBlock) -> None:
-    """Undo `pin`."""
-    runtime = _runtime()
-    error = int(runtime.cudaHostUnregister(block.pointer))
-    if error:
-        logger.warning("CUDA does not unpin %d bytes (error %d)", block.size, error)
-
-
-def _runtime() -> Any:
-    cuda: Any = torch.cuda
-    return cuda.cudart()
+    def _pin(self, block: SharedBlock) -> Registration | None:
+        """Register a block with CUDA; None, and one warning, where CUDA will not."""
+        try:
+            return Registration(self._device, block.map)
+        except OSError as error:
+            if not self._has_failed:
+                logger.warning("CUDA does not pin %d bytes, so copies to the host are slower: %s", block.size, error)
+            self._has_failed = True
+            return None
 
 
 def _rounded(size: int) -> int:

@@ -107,11 +107,6 @@ class SharedBlock:
         """The tensor of a slot, in the block's memory."""
         return slot.tensor(self.map)
 
-    @property
-    def pointer(self) -> int:
-        """Where it begins in this process."""
-        return torch.frombuffer(self.map, dtype=torch.uint8).data_ptr()
-
     def release(self) -> None:
         """Let no more processes open it; those that have mapped it keep it."""
         if self._descriptor >= 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -85,6 +86,58 @@ def test_a_block_of_one_call_is_not_kept() -> None:
 
     assert blocks.open(block.address)[0] is not blocks.open(block.address)[0]
     block.release()
+
+
+class Runtime:
+    """Stands for CUDA's where memory is registered."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ranges: dict[int, int] = {}
+        self.status = 0
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: self)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:  # noqa: N802
+        if not self.status:
+            self.ranges[address] = size
+        return self.status
+
+    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+        del self.ranges[address]
+        return 0
+
+    def cudaGetErrorString(self, status: int) -> str:  # noqa: N802
+        return "in words"
+
+
+def test_a_block_is_pinned_while_it_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime, pool, blocks = Runtime(monkeypatch), BlockPool(), OpenBlocks(torch.device("cuda"))
+    kept, forgotten = (pool.lease(SIZE) for _ in range(2))
+    opened = [blocks.open(lease.address) for lease in (kept, forgotten, kept)]
+
+    assert [is_pinned for _, is_pinned in opened] == [True, True, True]
+    assert list(runtime.ranges.values()) == [opened[0][0].size] * 2
+    blocks.forget([forgotten.address[3]])
+    assert list(runtime.ranges) == [opened[0][0].tensor(SLOT).data_ptr()]
+    del blocks
+    gc.collect()
+    assert runtime.ranges == {}
+
+
+def test_a_block_that_cuda_does_not_pin_is_used_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    runtime, pool, blocks = Runtime(monkeypatch), BlockPool(), OpenBlocks(torch.device("cuda"))
+    runtime.status = 712
+    leases = [pool.lease(SIZE) for _ in range(3)]
+
+    opened = [blocks.open(lease.address) for lease in leases]
+    assert [is_pinned for _, is_pinned in opened] == [False] * 3
+    opened[0][0].tensor(SLOT).fill_(7)
+    assert leases[0].tensor(SLOT).eq(7).all()
+    (record,) = caplog.records
+    assert "in words (712): something else has registered a part of it" in record.getMessage()
+    blocks.forget([lease.address[3] for lease in leases])
 
 
 @pytest.mark.gpu
