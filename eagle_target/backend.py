@@ -96,9 +96,11 @@ class Eagle3TargetBackend(ABC):
         those that an engine pads its weight with: a factor that a model multiplies what it looks up with, as Gemma
         does, is not in them.
         """
-        weight = self.input_embedding_weight()
-        vocab_size, hidden_size = weight.shape
-        return torch.nn.Embedding(vocab_size, hidden_size, _weight=weight)
+        # Whatever the caller runs under, the weight is one that can be trained.
+        with torch.inference_mode(mode=False):
+            weight = self.input_embedding_weight()
+            vocab_size, hidden_size = weight.shape
+            return torch.nn.Embedding(vocab_size, hidden_size, _weight=weight)
 
     @overload
     def set_vocab_mapping(self, mapping: VocabMapping, /) -> None: ...

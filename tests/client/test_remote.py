@@ -130,7 +130,8 @@ def test_the_embedding_seeds_a_draft_and_is_fetched_anew(server: HttpServer) -> 
     given = EmbeddingRunner().input_embedding_weight()
     with remote(server.url) as target:
         draft = torch.nn.Embedding(*given.shape)
-        draft.weight = target.get_input_embeddings().weight
+        with torch.inference_mode():
+            draft.weight = target.get_input_embeddings().weight
         assert torch.equal(draft.weight, given)
         optimizer = torch.optim.SGD(draft.parameters(), lr=1.0)
         torch.autograd.backward(draft(rows_of()["input_ids"]).square().sum())

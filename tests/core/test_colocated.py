@@ -482,7 +482,8 @@ class WeightsOfAnEngine(EmbeddingRunner):
 
 def test_an_engines_weight_becomes_a_plain_one_that_can_be_trained() -> None:
     runner = WeightsOfAnEngine(**HEAD)  # type: ignore[arg-type]
-    weight = target_of(runner=runner).get_input_embeddings().weight
+    with torch.inference_mode(), torch.device("meta"):
+        weight = target_of(runner=runner, mapping=None).get_input_embeddings().weight
     assert (weight.is_leaf, weight.requires_grad, weight.is_inference()) == (True, True, False)
     assert weight.is_contiguous()
     assert weight.untyped_storage().nbytes() == VOCAB * 16 * 4
