@@ -80,6 +80,13 @@ def test_forwards_of_a_few_tokens_alone_tell_nothing_of_a_token(device: Device) 
     assert device.memory.token_capacity() is None
 
 
+@pytest.mark.parametrize("tokens", [65, 1023])
+def test_what_is_between_tells_nothing_of_the_fixed_part(device: Device, tokens: int) -> None:
+    device.forward(1024)
+    device.forward(tokens)
+    assert device.memory.token_capacity() == 283_115
+
+
 @pytest.mark.parametrize("tokens", [1024, 8192])
 def test_the_fixed_part_is_no_token_s(device: Device, tokens: int) -> None:
     fixed = 200 << 20
