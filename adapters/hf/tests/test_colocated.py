@@ -136,6 +136,16 @@ def test_training_a_draft_s_embedding_does_not_move_the_target(layout: str) -> N
     assert all(torch.equal(after.tensors()[name], tensor) for name, tensor in before.tensors().items())
 
 
+def test_an_embedding_that_is_quantised_is_not_given() -> None:
+    model = tiny.build("llama")
+    target = HFEagle3TargetModel(model, AUX)
+    weight = torch.nn.Parameter(model.model.embed_tokens.weight.to(torch.int8), requires_grad=False)
+    model.model.embed_tokens.weight = weight
+
+    with pytest.raises(AdapterError, match=r"is a Tensor \[97, 32\] of torch.int8, expected \[97, 32\]"):
+        target.get_input_embeddings()
+
+
 def test_close_twice_leaves_the_user_s_model() -> None:
     model = tiny.build("llama")
     target = HFEagle3TargetModel(model, AUX, encoding="logits")
