@@ -28,6 +28,16 @@ collect_ignore = ["thirdparty"]
 OPTIONAL_MARKS = ("engine_vllm", "engine_sglang", "gpu")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Say how often what runs on fake GPUs runs."""
+    parser.addoption(
+        "--cuda-sim-seeds",
+        type=int,
+        default=3,
+        help="tests/cuda_sim: orders in which the fake device runs what was queued; the first three are the plain ones",
+    )
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what needs an engine or a device, unless a mark is asked for."""
     if config.option.markexpr:
