@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from eagle_target.devices import resolve_device
 from eagle_target.errors import AdapterError
 from eagle_target.info import ServedTarget
 from eagle_target.layers import validate_aux_layer_ids
@@ -34,10 +35,10 @@ class RunnerEagle3TargetModel(RequestingBackend):
             the trainer.
         rows: `supervised` projects only rows that can bear loss; `all` every row.
         probs_dtype: float32, bfloat16 or float16.
-        device: where batches go; None for the runner's device.
+        device: where batches go; None for the runner's device. `cuda` is the calling thread's current one.
 
     Raises:
-        ContractError: layers out of range or not three.
+        ContractError: layers out of range or not three. ConfigError: no such device.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class RunnerEagle3TargetModel(RequestingBackend):
         probs_dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
-        batch_device = torch.device(runner.info.device if device is None else device)
+        batch_device = resolve_device(runner.info.device if device is None else device)
         super().__init__(runner.info, BatchForm(encoding, rows, probs_dtype, batch_device), workers=1)
         self.runner = runner
         self.aux_layer_ids = validate_aux_layer_ids(aux_layer_ids, runner.info.num_layers)

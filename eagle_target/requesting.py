@@ -11,6 +11,7 @@ import torch
 
 from eagle_target.assembly import BatchAssembler
 from eagle_target.backend import Eagle3TargetBackend
+from eagle_target.devices import is_numbered, use_device
 from eagle_target.errors import ContractError
 from eagle_target.trainer_rows import read_trainer_rows
 from eagle_target.vocabulary import VocabMapping
@@ -32,7 +33,7 @@ class BatchForm(NamedTuple):
     """What the batches of a backend look like.
 
     encoding: `probs`, `hidden` or `logits`. rows: `supervised` or `all`.
-    probs_dtype: float32, bfloat16 or float16. device: where batches go.
+    probs_dtype: float32, bfloat16 or float16. device: where batches go, a CUDA device with its number.
     """
 
     encoding: Encoding
@@ -53,9 +54,14 @@ class RequestingBackend(Eagle3TargetBackend):
 
     Args:
         info: the target. form: what batches look like. workers: requests under way at a time, when asynchronous.
+
+    Raises:
+        ContractError: the form's device has no number.
     """
 
     def __init__(self, info: TargetInfo, form: BatchForm, *, workers: int) -> None:
+        if not is_numbered(form.device):
+            raise ContractError(f"batches go to {str(form.device)!r}, another device in each thread: name its number")
         self.info = info
         self.form = form
         self._workers = workers
@@ -94,7 +100,12 @@ class RequestingBackend(Eagle3TargetBackend):
         with self._state:
             self._check_open()
             if self._executor is None:
-                self._executor = ThreadPoolExecutor(self._workers, thread_name_prefix="eagle-target-client")
+                self._executor = ThreadPoolExecutor(
+                    self._workers,
+                    thread_name_prefix="eagle-target-client",
+                    initializer=use_device,
+                    initargs=(self.form.device,),
+                )
             return self._executor.submit(self._answer, *arguments)
 
     def close(self) -> None:

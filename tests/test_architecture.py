@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,16 @@ WITHOUT_TORCH = [
     )
 ] + [path / "__init__.py" for path in PLUGINS]
 HEAVY = {"torch", "numpy", "transformers", "safetensors", "starlette", "uvicorn", "urllib3", "vllm", "sglang"}
+
+# What ruff's banned-api does not see: waits for a whole device by other names, and the current stream or device of
+# whatever thread it is.
+DEVICE_WIDE = {
+    "a wait for a whole device": re.compile(
+        r"(cuda|accelerator)\.synchronize\(|cudaDeviceSynchronize|cuCtxSynchronize"
+    ),
+    "the current stream of no named device": re.compile(r"current_stream\(\s*\)"),
+    "a CUDA device without a number": re.compile(r"""torch\.device\(\s*["']cuda["']\s*\)"""),
+}
 
 PUBLIC = [
     "BatchHandle",
@@ -114,6 +125,29 @@ def test_no_private_name_is_imported_from_another_module(path: Path) -> None:
     for module in imported_modules(path):
         private = [part for part in module.split(".")[1:] if part.startswith("_") and not part.endswith("__")]
         assert not private, module
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_no_wait_for_a_whole_device_and_no_stream_or_device_by_accident(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert [what for what, pattern in DEVICE_WIDE.items() if pattern.search(text)] == []
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("torch.cuda.synchronize(device)", True),
+        ("cuda = torch.cuda\ncuda.synchronize()", True),
+        ("runtime.cudaDeviceSynchronize()", True),
+        ("torch.accelerator.synchronize()", True),
+        ("torch.cuda.current_stream().synchronize()", True),
+        ('torch.device("cuda")', True),
+        ("torch.cuda.current_stream(device).record_event().synchronize()", False),
+        ('torch.device("cuda", index)', False),
+    ],
+)
+def test_what_waits_for_a_whole_device_is_found(line: str, found: bool) -> None:
+    assert any(pattern.search(line) for pattern in DEVICE_WIDE.values()) == found
 
 
 def test_the_product_does_not_use_its_test_kit() -> None:

@@ -18,6 +18,7 @@ from eagle_target.client.hedging import Hedging
 from eagle_target.client.peer import Peer
 from eagle_target.client.staging import StagedSink
 from eagle_target.client.timings import Traffic
+from eagle_target.devices import on_device, resolve_device
 from eagle_target.errors import ConfigError, ConnectError
 from eagle_target.pinned import PinnedPool
 from eagle_target.plugins import load_plugins
@@ -92,7 +93,7 @@ class RemoteEagle3TargetModel(RequestingBackend):
 
         Args:
             urls: `http://host:port` or `https://host:port` each.
-            device: where batches go.
+            device: where batches go; `cuda` is the calling thread's current device.
             token, token_file: the token to send, or a file with it; where neither is given, the variables
                 EAGLE_TARGET_TOKEN and EAGLE_TARGET_TOKEN_FILE hold.
             ca_file: authorities that https servers are checked against; default the system's.
@@ -115,7 +116,8 @@ class RemoteEagle3TargetModel(RequestingBackend):
                 out until they do: the first server of the list that is ready says what is served.
 
         Raises:
-            ConfigError: no or wrong URLs or options. ConnectError: a server cannot be reached or is not ready in time.
+            ConfigError: no or wrong URLs or options, or no such device. ConnectError: a server cannot be reached or is
+                not ready in time.
             ContractError: the servers differ, with what differs; or they cannot answer in this encoding.
         """
         if isinstance(urls, str) or not urls:
@@ -124,6 +126,8 @@ class RemoteEagle3TargetModel(RequestingBackend):
             raise ConfigError(f"rows must be supervised or all, probs_dtype a float, got {rows!r} and {probs_dtype}")
         if hedge_after is not None and not hedge_after > 0:
             raise ConfigError(f"hedge_after must be seconds, more than 0, got {hedge_after}")
+        # Other threads' current device is another one.
+        batch_device = resolve_device(device)
         plugins = load_plugins()
         client_id = secrets.token_hex(8)
         access = open_access(
@@ -142,7 +146,7 @@ class RemoteEagle3TargetModel(RequestingBackend):
                 plugins=plugins,
                 transports=[name.strip() for name in transport.split(",")],
                 transport_options=transport_options or {},
-                device=str(device),
+                device=str(batch_device),
             )
             for url in dict.fromkeys(url.rstrip("/") for url in urls)
         ]
@@ -156,7 +160,7 @@ class RemoteEagle3TargetModel(RequestingBackend):
         for standing in dispatcher.standings:
             if standing.peer in left_out:
                 standing.fail(left_out[standing.peer])
-        return cls(dispatcher, BatchForm(chosen, rows, probs_dtype, torch.device(device)), hedge_after=hedge_after)
+        return cls(dispatcher, BatchForm(chosen, rows, probs_dtype, batch_device), hedge_after=hedge_after)
 
     def model_info(self) -> dict[str, Any]:
         """Facts about the target, each server's health and transport, what has travelled and where its time went."""
@@ -204,10 +208,12 @@ class RemoteEagle3TargetModel(RequestingBackend):
         def make_sink() -> StagedSink:
             return StagedSink(self._assembler(rows, request, head), self.form.device, self._staging.allocate)
 
-        sink, received = peer.supervise(request, make_sink)
-        started = time.perf_counter()
-        with torch.no_grad():
-            batch = sink.finish()
+        # A hedge's attempts run on threads of their own.
+        with on_device(self.form.device):
+            sink, received = peer.supervise(request, make_sink)
+            started = time.perf_counter()
+            with torch.no_grad():
+                batch = sink.finish()
         self._staging.trim(STAGING_IDLE_SECONDS)
         return Answered(batch, received, time.perf_counter() - started)
 

@@ -26,6 +26,7 @@ class StagedSink:
     def __init__(self, assembler: BatchAssembler, device: torch.device, allocate: Allocate) -> None:
         self._assembler = assembler
         self._allocate = allocate
+        self._device = device
         self._direct = device.type == "cpu"
         self._staged: dict[str, torch.Tensor] = {}
 
@@ -46,8 +47,8 @@ class StagedSink:
             for name, rows in self._staged.items():
                 self._assembler.put(name, rows)
         finally:
-            if self._staged and torch.cuda.is_available():
-                torch.cuda.current_stream().synchronize()
+            if self._staged and self._device.type == "cuda":
+                torch.cuda.current_stream(self._device).synchronize()
         # Not before: others may write to the memory from now on.
         self._staged.clear()
         return self._assembler.finish()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from eagle_target.buffers import trim_heap
+from eagle_target.devices import resolve_device, use_device
 from eagle_target.errors import AdapterError, EagleTargetError, EngineDead, ServerError
 from eagle_target.info import ServedTarget
 from eagle_target.layers import validate_aux_layer_ids
@@ -139,13 +140,16 @@ class EngineLife:
         self._state.loaded(served)
 
     def _start_stages(self, runner: TargetRunner) -> _Stages:
-        device = torch.device(runner.info.device)
+        device = resolve_device(runner.info.device)
+        use_device(device)
         # What a supervising runner has projected only has to be copied, which is no call of the runner.
         is_beside = isinstance(runner, SupervisingRunner) or (
             isinstance(runner, ConcurrentHeadRunner) and runner.concurrent_head
         )
         answering = AnswerStage(self._queue, self._note, self._die)
-        second: SecondStage[Forwarded] = SecondStage(answering.handle, answering.abandon, is_threaded=is_beside)
+        second: SecondStage[Forwarded] = SecondStage(
+            answering.handle, answering.abandon, is_threaded=is_beside, device=device
+        )
         memory = HostMemory(device)
         self._forwards = ForwardStage(
             runner, memory, DeviceOrder(device, is_beside=is_beside), second, self._watchdog.watching

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 
-from eagle_target.errors import Unavailable
+from eagle_target.devices import is_numbered, use_device
+from eagle_target.errors import ContractError, Unavailable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -24,10 +25,16 @@ class SecondStage(Generic[Item]):
     Args:
         handle: for each item. abandon: for an item that `handle` left with what ends a thread, and that error.
         is_threaded: whether items are handled on a thread of their own, or where they are given.
+        device: the thread's current one.
     """
 
     def __init__(
-        self, handle: Callable[[Item], None], abandon: Callable[[Item, BaseException], None], *, is_threaded: bool
+        self,
+        handle: Callable[[Item], None],
+        abandon: Callable[[Item, BaseException], None],
+        *,
+        is_threaded: bool,
+        device: torch.device,
     ) -> None:
         self._handle = handle
         self._abandon = abandon
@@ -35,6 +42,7 @@ class SecondStage(Generic[Item]):
         self._is_busy = False
         self._is_closing = False
         self._changed = threading.Condition()
+        self._device = device
         self._thread: threading.Thread | None = None
         if is_threaded:
             self._thread = threading.Thread(target=self._run, name="eagle-target-projection", daemon=True)
@@ -64,6 +72,7 @@ class SecondStage(Generic[Item]):
             self._thread.join()
 
     def _run(self) -> None:
+        use_device(self._device)
         while self._step():
             pass
 
@@ -94,9 +103,14 @@ class DeviceOrder:
     Args:
         device: where forwards run.
         is_beside: whether what follows runs beside the next forward, on a stream of its own.
+
+    Raises:
+        ContractError: the device has no number.
     """
 
     def __init__(self, device: torch.device, *, is_beside: bool) -> None:
+        if not is_numbered(device):
+            raise ContractError(f"forwards run on {str(device)!r}, another device in each thread: name its number")
         self._device = device
         self._on_cuda = device.type == "cuda"
         self._stream: torch.cuda.Stream | None = None

@@ -9,6 +9,7 @@ import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+from eagle_target.devices import resolve_device
 from eagle_target.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def _auto_class(config: Any) -> Any:
 
 
 def _device(options: HFOptions) -> str:
-    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return str(resolve_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu")))
 
 
 def _placement(options: HFOptions) -> dict[str, Any]:

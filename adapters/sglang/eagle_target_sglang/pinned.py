@@ -47,7 +47,7 @@ class PinnedCopier:
             return None
         with torch.cuda.device(self._device):
             buffer.copy_(piece, non_blocking=True)
-            arrived: torch.cuda.Event = torch.cuda.current_stream().record_event()
+            arrived: torch.cuda.Event = torch.cuda.current_stream(self._device).record_event()
         return arrived
 
 

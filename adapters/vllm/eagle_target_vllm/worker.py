@@ -181,7 +181,9 @@ class TargetWorker:
         for job in jobs:
             self._project(job)
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+            # No wait for the whole device: it would be one for whatever other threads have there, sends included that
+            # spin until a client takes them.
+            torch.cuda.current_stream(self._device).record_event().synchronize()
         return {"problem": None, "shortfall": []}
 
     def give_up(self) -> None:

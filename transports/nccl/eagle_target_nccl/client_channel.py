@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from eagle_target.devices import is_numbered
 from eagle_target.errors import ConnectError, EagleTargetError, ProtocolError, TransferTimeout, TransportError
 from eagle_target.transports import ClientChannel
 from eagle_target_nccl.endpoint import backends, device_identity
@@ -48,6 +49,9 @@ def open_client_channel(options: NcclOptions, offer: Mapping[str, Any], control:
         ConnectError: the two ends cannot, with the reason.
     """
     backend = backend_between(control.device, control.target_device)
+    for device in (control.device, control.target_device):
+        if backend == "nccl" and not is_numbered(torch.device(device)):
+            raise ConnectError(f"NCCL joins two devices, and {device!r} is another in each thread: name its number")
     for end, usable in (("this end", backends()), ("the server", offer.get("backends") or [])):
         if backend not in usable:
             raise ConnectError(f"{end} cannot use {backend!r} between {control.target_device} and {control.device}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import distributed
 
+from eagle_target.devices import is_numbered
 from eagle_target.errors import ConnectError
 from eagle_target.transports import ServerChannel, ServerEndpoint
 from eagle_target_nccl.groups import SERVER, open_group
@@ -37,6 +38,8 @@ class NcclServerEndpoint(ServerEndpoint):
         backend, device = hello.get("backend"), str(hello.get("target_device"))
         if backend not in backends():
             raise ConnectError(f"this server cannot use {str(backend)[:64]!r}, only {backends()}")
+        if backend == "nccl" and not is_numbered(torch.device(device)):
+            raise ConnectError(f"the client names the target's device {device!r}, which has no number")
         if backend == "nccl" and device_identity(device) == hello.get("gpu"):
             raise ConnectError("NCCL joins no two ends on one GPU: use transport 'shm', or other GPUs")
         host = self._options.host

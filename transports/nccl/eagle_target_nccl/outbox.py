@@ -24,7 +24,8 @@ RETRY_SECONDS = 1.0
 class Parcel:
     """Tensors to be sent; the mapping itself is kept, for as long as they are needed.
 
-    On CUDA they may still be written by work that was queued when the parcel was made.
+    On CUDA they may still be written by work that was queued when the parcel was made: by the streams of
+    `DeviceTensors`, or by the current stream of who made it.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -32,12 +33,11 @@ class Parcel:
         self.length = sum(tensor.nbytes for tensor in tensors.values())
         self.put_at = time.monotonic()
         self._ready: list[torch.cuda.Event] = []
-        devices = {tensor.device for tensor in tensors.values() if tensor.is_cuda}
         if isinstance(tensors, DeviceTensors):
             self._ready = tensors.events()
         else:
-            for device in devices:
-                torch.cuda.synchronize(device)
+            devices = {tensor.device for tensor in tensors.values() if tensor.is_cuda}
+            self._ready = [torch.cuda.current_stream(device).record_event() for device in devices]
 
     @contextlib.contextmanager
     def on_stream(self, device: torch.device) -> Iterator[None]:
@@ -49,7 +49,7 @@ class Parcel:
             return
         with torch.cuda.device(device):
             for event in self._ready:
-                torch.cuda.current_stream().wait_event(event)
+                torch.cuda.current_stream(device).wait_event(event)
             yield
 
 

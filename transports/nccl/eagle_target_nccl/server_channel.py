@@ -10,6 +10,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from eagle_target.devices import use_device
 from eagle_target.errors import TransportError
 from eagle_target.rows import PackedTensors
 from eagle_target.transports import Reply, ServerChannel
@@ -144,6 +145,7 @@ class NcclServerChannel(ServerChannel):
     def _serve(self, meeting: Meeting) -> None:
         group = None
         try:
+            use_device(self._device)
             group = self._open_this_end(meeting)
             with self._lock:
                 self._group = group
