@@ -168,7 +168,9 @@ class DeferredSink:
         """Keep a tensor."""
         self._later[name] = rows
 
-    def flush(self) -> None:
-        """Hand on what was kept."""
-        while self._later:
-            self._sink.put(*self._later.popitem())
+    def flush(self) -> list[torch.Tensor]:
+        """Hand on what was kept; returns it, to be kept on until copies of it are over."""
+        handed, self._later = self._later, {}
+        for name, rows in handed.items():
+            self._sink.put(name, rows)
+        return [*handed.values()]

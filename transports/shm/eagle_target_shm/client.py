@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from eagle_target.devices import is_numbered
 from eagle_target.errors import ConnectError, ProtocolError, TransferTimeout
 from eagle_target.transports import ClientChannel
 from eagle_target_shm.arena import MAX_LOANS
-from eagle_target_shm.cuda import DeviceSegment, find_device, settle, wait_for
+from eagle_target_shm.cuda import DeviceSegment, current_streams, find_device, map_segment, settle, wait_for
 from eagle_target_shm.doorway import enter, is_over, say
 from eagle_target_shm.hosts import refusal, this_host
 from eagle_target_shm.segment import Segment
@@ -31,10 +32,12 @@ if TYPE_CHECKING:
 class Loan:
     """A transfer whose memory this process may read; given back when its last share is dropped.
 
-    settled: whether the device is known to be done with it.
+    streams: those of devices that work on it. settled: whether they are known to be done with it.
     """
 
-    def __init__(self, channel: ShmClientChannel, locks: Segment, kind: str, number: int) -> None:
+    def __init__(
+        self, channel: ShmClientChannel, locks: Segment, kind: str, number: int, streams: set[torch.cuda.Stream]
+    ) -> None:
         self._channel = channel
         self._locks = locks
         self._process = os.getpid()
@@ -43,6 +46,7 @@ class Loan:
         self._dropped = itertools.count(1)
         self.kind = kind
         self.number = number
+        self.streams = streams
         self.settled = kind == HOST
 
     def share(self, memory: Segment | DeviceSegment, place: Place) -> torch.Tensor:
@@ -114,9 +118,9 @@ class ShmClientChannel(ClientChannel):
     def give_back(self, loan: Loan) -> None:
         """Let the server use a transfer's memory again. Called by finalizers."""
         if not loan.settled:
-            # On which streams its tensors were used is not known.
-            for device in self._devices:
-                torch.cuda.synchronize(device)
+            # Who keeps tensors of another process uses them where they were received, or where they are let go of, or
+            # has those streams wait for others: nobody can be asked to record streams on memory that is not torch's.
+            settle(loan.streams | current_streams(self._devices))
         say(self._connection, loan.number)
         if loan.kind == CUDA:
             self._on_device.discard(loan.number)
@@ -145,12 +149,13 @@ class ShmClientChannel(ClientChannel):
                 raise _taken_back(number)
             if kind == CUDA:
                 self._on_device.add(number)
-            taken[kind] = Loan(self, locks, kind, number)
+            streams = current_streams(self._devices) if kind == CUDA else set()
+            taken[kind] = Loan(self, locks, kind, number, streams)
         return taken
 
     def _settle(self, loan: Loan) -> None:
         """Wait until the device has read what came, and see whether the server lived as long."""
-        settle(self._devices)
+        settle(loan.streams)
         loan.settled = True
         self._check_server()
 
@@ -177,7 +182,10 @@ def open_channel(offer: Mapping[str, Any], control: ControlPlane) -> ShmClientCh
     if reason is not None:
         raise ConnectError(reason)
     hello = this_host()
-    if torch.device(control.device).type == torch.device(control.target_device).type == "cuda":
+    reader, target = torch.device(control.device), torch.device(control.target_device)
+    if reader.type == target.type == "cuda":
+        if not (is_numbered(reader) and is_numbered(target)):
+            raise ConnectError(f"{reader} or {target} is another device in each thread: name its number")
         hello["target_device"] = control.target_device
     answer = control.open_channel(hello)
     with contextlib.ExitStack() as on_error:
@@ -191,7 +199,6 @@ def open_channel(offer: Mapping[str, Any], control: ControlPlane) -> ShmClientCh
             memories: dict[str, Segment | DeviceSegment] = {HOST: segment}
             devices: tuple[torch.device, ...] = ()
             if CUDA in answer:
-                reader = torch.device(control.device)
                 memories[CUDA] = _map_device(answer[CUDA], reader)
                 devices = (reader, memories[CUDA].device)
             probe = bytes.fromhex(answer["probe"])
@@ -213,7 +220,7 @@ def _taken_back(number: int) -> TransferTimeout:
 
 def _map_device(description: Mapping[str, Any], reader: torch.device) -> DeviceSegment:
     device = find_device(str(description["device"]), reader)
-    return DeviceSegment(device, int(description["bytes"]), bytes.fromhex(description["handle"]))
+    return map_segment(device, int(description["bytes"]), bytes.fromhex(description["handle"]))
 
 
 def _tensor(place: Place, loans: Mapping[str, Loan], memories: Mapping[str, Segment | DeviceSegment]) -> torch.Tensor:

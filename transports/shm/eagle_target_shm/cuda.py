@@ -6,9 +6,12 @@ what a killed reader held; so one allocation is shared here, once, and its use i
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import queue
+import threading
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -16,7 +19,7 @@ from eagle_target.errors import ConnectError
 from eagle_target_shm.segment import PROBE_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 HANDLE_BYTES = 64
 LAZY_PEER_ACCESS = 1
@@ -81,6 +84,15 @@ class Runtime:
             raise ConnectError(f"device memory cannot be shared: {call} says {text} ({status})")
 
 
+class Allocation(NamedTuple):
+    """Memory at an address of a device. used_on: streams of this process that write to it."""
+
+    device: torch.device
+    size: int
+    address: int
+    used_on: set[torch.cuda.Stream]
+
+
 class DeviceBytes:
     """A part of device memory, as torch takes it from strangers without a copy. owner: kept alive by it."""
 
@@ -98,20 +110,24 @@ class DeviceBytes:
 class DeviceSegment:
     """One allocation of a device, made here or mapped from another process, as long as this or a tensor in it lives.
 
-    device: of this process's numbering. size: bytes. handle: by which another process opens it.
+    device: of this process's numbering. size: bytes. used_on: streams of this process that write to it.
+
+    Args:
+        address: of the allocation. give_up: called with it when the segment's end has come.
     """
 
-    def __init__(self, device: torch.device, size: int, handle: bytes | None = None) -> None:
+    def __init__(self, device: torch.device, size: int, address: int, give_up: Callable[[Allocation], None]) -> None:
         self.device = device
         self.size = size
-        runtime = Runtime()
-        with torch.cuda.device(device):
-            # Makes the device's context current.
-            torch.cuda.current_stream().synchronize()
-            self._address = runtime.allocate(size) if handle is None else runtime.open(handle)
-            give_up = runtime.free if handle is None else runtime.close
-            weakref.finalize(self, _on_device, device, give_up, self._address).atexit = False
-            self.handle = runtime.export(self._address) if handle is None else handle
+        self.used_on: set[torch.cuda.Stream] = set()
+        self._address = address
+        # Tensors of answers outlive their channel.
+        weakref.finalize(self, give_up, Allocation(device, size, address, self.used_on)).atexit = False
+
+    @property
+    def handle(self) -> bytes:
+        """By which another process opens it."""
+        return Runtime().export(self._address)
 
     def tensor(
         self, offset: int, shape: Sequence[int], dtype: torch.dtype, released: Callable[..., Any], *arguments: Any
@@ -133,7 +149,7 @@ class DeviceSegment:
     def write_probe(self, probe: bytes) -> None:
         """Write what shows a peer that it mapped this very memory."""
         self._probe().copy_(torch.frombuffer(bytearray(probe), dtype=torch.uint8))
-        torch.cuda.synchronize(self.device)
+        torch.cuda.current_stream(self.device).synchronize()
 
     def read_probe(self) -> bytes:
         """Read it."""
@@ -143,15 +159,90 @@ class DeviceSegment:
         return self.tensor(0, (PROBE_BYTES,), torch.uint8, int)
 
 
-def _on_device(device: torch.device, give_up: Callable[[int], None], address: int) -> None:
+class SegmentPool:
+    """Allocations of this process: those that are no longer used are for the next channel that wants as much.
+
+    Giving memory back to CUDA waits for everything that runs on the device, sends to clients included that spin until
+    the client takes them; so it is done at the end only.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._unused: list[Allocation] = []
+        # A finalizer may come in the middle of anything, in a thread that holds the lock.
+        self._returned: queue.SimpleQueue[Allocation] = queue.SimpleQueue()
+        self._closed = False
+
+    def take(self, device: torch.device, size: int) -> DeviceSegment:
+        """A segment of whatever values.
+
+        Raises:
+            ConnectError: there is no memory for it.
+        """
+        with self._lock:
+            self._unused += self._take_returned()
+            fitting = [each for each in self._unused if (each.device, each.size) == (device, size)]
+            if fitting:
+                self._unused.remove(fitting[0])
+        if not fitting:
+            with torch.cuda.device(device):
+                _make_context(device)
+                address = Runtime().allocate(size)
+            return DeviceSegment(device, size, address, self._give_back)
+        for stream in fitting[0].used_on:
+            # What was queued for its last user may still be written.
+            stream.synchronize()
+        return DeviceSegment(device, size, fitting[0].address, self._give_back)
+
+    def close(self) -> None:
+        """Give back what is not used now, and the rest as it comes. Safe to call twice."""
+        with self._lock:
+            self._closed = True
+            unused, self._unused = self._unused, []
+        for each in [*unused, *self._take_returned()]:
+            _free(each)
+
+    def _take_returned(self) -> Iterator[Allocation]:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                yield self._returned.get_nowait()
+
+    def _give_back(self, allocation: Allocation) -> None:
+        self._returned.put(allocation)
+        if self._closed:
+            for each in self._take_returned():
+                _free(each)
+
+
+def map_segment(device: torch.device, size: int, handle: bytes) -> DeviceSegment:
+    """Another process's segment.
+
+    Raises:
+        ConnectError: it cannot be mapped here.
+    """
     with torch.cuda.device(device):
-        give_up(address)
+        _make_context(device)
+        return DeviceSegment(device, size, Runtime().open(handle), _unmap)
+
+
+def _make_context(device: torch.device) -> None:
+    torch.cuda.current_stream(device).synchronize()
+
+
+def _free(allocation: Allocation) -> None:
+    with torch.cuda.device(allocation.device):
+        Runtime().free(allocation.address)
+
+
+def _unmap(allocation: Allocation) -> None:
+    with torch.cuda.device(allocation.device):
+        Runtime().close(allocation.address)
 
 
 def mark(device: torch.device, streams: Iterable[torch.cuda.Stream]) -> tuple[torch.cuda.Event, bytes]:
     """An event that is over when all that these streams and the current one were given is, and its handle."""
     with torch.cuda.device(device):
-        here = torch.cuda.current_stream()
+        here = torch.cuda.current_stream(device)
         for stream in streams:
             here.wait_stream(stream)
         event = torch.cuda.Event(interprocess=True)  # type: ignore[no-untyped-call]
@@ -162,7 +253,7 @@ def mark(device: torch.device, streams: Iterable[torch.cuda.Stream]) -> tuple[to
 def wait_for(device: torch.device, handle: bytes) -> None:
     """Let the current stream wait for another process's event."""
     with torch.cuda.device(device):
-        torch.cuda.current_stream().wait_event(torch.cuda.Event.from_ipc_handle(device, handle))  # type: ignore[no-untyped-call]
+        torch.cuda.current_stream(device).wait_event(torch.cuda.Event.from_ipc_handle(device, handle))  # type: ignore[no-untyped-call]
 
 
 def device_name(device: torch.device) -> str:
@@ -179,10 +270,9 @@ def find_device(name: str, reader: torch.device) -> torch.device:
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
         if device_name(device) == name:
-            number = torch.cuda.current_device() if reader.index is None else reader.index
-            if number != index and not torch.cuda.can_device_access_peer(number, index):
+            if reader.index != index and not torch.cuda.can_device_access_peer(reader.index, index):
                 raise ConnectError(
-                    f"cuda:{number} cannot read the memory of the target's GPU {name}: use transport 'nccl' or 'wire'"
+                    f"{reader} cannot read the memory of the target's GPU {name}: use transport 'nccl' or 'wire'"
                 )
             return device
     raise ConnectError(
@@ -191,7 +281,12 @@ def find_device(name: str, reader: torch.device) -> torch.device:
     )
 
 
-def settle(devices: Iterable[torch.device]) -> None:
-    """Wait until the current streams of devices are done."""
-    for device in devices:
-        torch.cuda.current_stream(device).synchronize()
+def current_streams(devices: Iterable[torch.device]) -> set[torch.cuda.Stream]:
+    """The calling thread's stream of each device."""
+    return {torch.cuda.current_stream(device) for device in devices}
+
+
+def settle(streams: Iterable[torch.cuda.Stream]) -> None:
+    """Wait until streams are done with what they were given."""
+    for stream in streams:
+        stream.synchronize()

@@ -8,6 +8,7 @@ import torch
 
 from eagle_target.errors import RequestTooLarge
 from eagle_target.rows import PackedTensors, RowStore
+from eagle_target_shm.cuda import DeviceSegment
 from eagle_target_shm.extents import padded
 
 if TYPE_CHECKING:
@@ -83,6 +84,10 @@ class SharedMemory:
                 tensor = tensors[name]
                 self.backing.tensor(block.offset, tensor.shape, tensor.dtype, _nothing).copy_(tensor)
                 offsets[name] = block.offset
+            if isinstance(self.backing, DeviceSegment):
+                self.backing.used_on.add(torch.cuda.current_stream(self.backing.device))
+                # The copies are only queued: what they read must not be used again before the client has them.
+                loan.keep.append([tensors[name] for name in missing])
         except BaseException:
             self.arena.release(loan.number)
             raise
@@ -129,13 +134,19 @@ class SharedTensors(PackedTensors):
 
     def step_out(self) -> None:
         """Give shared memory back, so that no answer that waits for room holds the room another waits for."""
-        for name, tensor in self.items():
-            if self._memory.find(tensor) is not None:
-                self[name] = tensor.clone()
+        device = self._memory.backing.device
+        copies = {name: tensor.clone() for name, tensor in self.items() if self._memory.find(tensor) is not None}
+        if device.type == "cuda" and copies:
+            # Others have the room as soon as it is given back, on whatever stream they write to it.
+            torch.cuda.current_stream(device).record_event().synchronize()
+        self.update(copies)
 
     def _make(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor | None:
-        if self._memory.backing.device.type == "cuda":
-            self.streams.add(torch.cuda.current_stream(self._memory.backing.device))
+        backing = self._memory.backing
+        if isinstance(backing, DeviceSegment):
+            stream = torch.cuda.current_stream(backing.device)
+            self.streams.add(stream)
+            backing.used_on.add(stream)
         return self._memory.make(shape, dtype)
 
 

@@ -14,7 +14,7 @@ import torch
 from eagle_target.errors import ConnectError, ProtocolError, TransferTimeout
 from eagle_target.transports import Reply, ServerChannel, ServerEndpoint
 from eagle_target_shm.arena import Arena
-from eagle_target_shm.cuda import DeviceSegment, device_name, mark
+from eagle_target_shm.cuda import DeviceSegment, SegmentPool, device_name, mark
 from eagle_target_shm.doorway import MESSAGE_BYTES, Doorway, hand_over
 from eagle_target_shm.extents import LARGE_ALIGNMENT, padded
 from eagle_target_shm.hosts import refusal, this_host
@@ -43,6 +43,7 @@ class ShmServerEndpoint(ServerEndpoint):
     def __init__(self, options: ShmOptions) -> None:
         self.options = options
         self.waiting = threading.BoundedSemaphore(MAX_WAITING)
+        self.segments = SegmentPool()
         self._doorway = Doorway()
         self._lock = threading.Lock()
         self._reserved = 0
@@ -69,6 +70,7 @@ class ShmServerEndpoint(ServerEndpoint):
     def close(self) -> None:
         """Send every client away."""
         self._doorway.close()
+        self.segments.close()
 
     def _reserve(self, size: int) -> None:
         with self._lock:
@@ -101,7 +103,9 @@ class ShmServerChannel(ServerChannel):
         self.on_end: Callable[[], None] = _nothing
         segment = Segment.create(HEAD_BYTES + padded(options.max_bytes))
         self._segment: Segment | None = segment
-        self._device = None if device is None else DeviceSegment(device, HEAD_BYTES + padded(options.cuda_bytes))
+        self._device: DeviceSegment | None = None
+        if device is not None:
+            self._device = endpoint.segments.take(device, HEAD_BYTES + padded(options.cuda_bytes))
         self._memories = {HOST: self._memory(segment, segment, "max_bytes", 0)}
         if self._device is not None:
             self._memories[CUDA] = self._memory(self._device, segment, "cuda_bytes", FIRST_CUDA_NUMBER)
@@ -279,10 +283,9 @@ def _cuda_device(hello: Mapping[str, Any]) -> torch.device | None:
         device = torch.device(wanted)
     except RuntimeError as error:
         raise ConnectError(f"the client names the target's device {wanted[:64]!r}, which is none") from error
-    index = torch.cuda.current_device() if device.index is None else device.index
-    if index >= torch.cuda.device_count():
-        raise ConnectError(f"the client names cuda:{index}, the server has {torch.cuda.device_count()}")
-    return torch.device("cuda", index)
+    if device.index is None or device.index >= torch.cuda.device_count():
+        raise ConnectError(f"the client names {device}, the server's are numbered to {torch.cuda.device_count() - 1}")
+    return device
 
 
 def _nothing() -> None:
