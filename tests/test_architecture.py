@@ -47,9 +47,7 @@ HEAVY = {"torch", "numpy", "transformers", "safetensors", "starlette", "uvicorn"
 # What ruff's banned-api does not see: waits for a whole device by other names, and the current stream or device of
 # whatever thread it is.
 DEVICE_WIDE = {
-    "a wait for a whole device": re.compile(
-        r"(cuda|accelerator)\.synchronize\(|cudaDeviceSynchronize|cuCtxSynchronize"
-    ),
+    "a wait for a whole device": re.compile(r"(cuda|accelerator)\.synchronize\(|cu(daDevice|Ctx)Synchronize"),
     "the current stream of no named device": re.compile(r"current_stream\(\s*\)"),
     "a CUDA device without a number": re.compile(r"""torch\.device\(\s*["']cuda["']\s*\)"""),
 }

@@ -1,19 +1,23 @@
-"""Targets on a fake device."""
+"""Targets on a fake device, in this process and behind a server in one of its own."""
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from eagle_target.supervision import store_supervision
+from eagle_target.testing.server import loopback_server
 from eagle_target.testing.tiny import EmbeddingRunner
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from eagle_target.rows import Sink
+    from eagle_target.runner import TargetRunner
     from eagle_target.supervision import SupervisionRequest
+    from tests.cuda_sim.device import Machine
 
 
 class DeviceRunner(EmbeddingRunner):
@@ -50,3 +54,15 @@ class SupervisingDeviceRunner(DeviceRunner):
             store_supervision(self, request, forward, sink)
         torch.cuda.current_stream(device).synchronize()
         return {"forward": 0.0, "projection": 0.0}
+
+
+@contextmanager
+def served(machine: Machine, load: Callable[[], TargetRunner] = DeviceRunner, **settings: Any) -> Iterator[str]:
+    """A server in a process of its own; its URL."""
+    server = loopback_server(load, **settings)
+    with machine.in_process("server"):
+        running = server.__enter__()
+    try:
+        yield running.url
+    finally:
+        server.__exit__(None, None, None)

@@ -6,11 +6,10 @@ functions; its values are there when the queue has run.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from tests.cuda_sim.memory import DeviceMemory, Holder, PinnedMemory
 
@@ -58,6 +57,14 @@ class World:
         return index
 
 
+class Description(NamedTuple):
+    """What a tensor looks like."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
 class BlockStorage:
     """What tests and code ask of a tensor's storage."""
 
@@ -102,7 +109,7 @@ class CudaTensor(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Operator, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        world = next(leaf.world for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, CudaTensor))
+        world = next(leaf.world for leaf in _leaves((args, kwargs)) if isinstance(leaf, CudaTensor))
         return Dispatcher(world).call(func, args, kwargs or {})
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -161,8 +168,7 @@ class Dispatcher:
             # What `.to("cuda")` comes down to: the guard that torch has here is that of meta devices, and torch asks it
             # for the number that is missing. Nobody here moves a tensor to meta.
             kwargs = {**kwargs, "device": torch.device("cuda")}
-        leaves = tree_flatten((args, kwargs))[0]
-        tensors = [leaf for leaf in leaves if isinstance(leaf, CudaTensor)]
+        tensors = [leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, CudaTensor)]
         device = None if kwargs.get("device") is None else torch.device(kwargs["device"])
         is_asked = device is not None and device.type == "cuda"
         if not tensors and not is_asked:
@@ -176,7 +182,7 @@ class Dispatcher:
             if decomposed is not NotImplemented:
                 return decomposed
         if device is not None and not is_asked:
-            return self._on_the_cpu(func, tree_map(_as_empty_cpu, args), kwargs)
+            return self._on_the_cpu(func, _map(_as_empty_cpu, args), kwargs)
         if any(argument.alias_info is not None and not argument.alias_info.is_write for argument in _returns(func)):
             return self._view(func, args, kwargs)
         index = self._common_device(tensors) if device is None else self.world.index_of(device)
@@ -219,12 +225,10 @@ class Dispatcher:
         """The same memory seen otherwise: nothing to queue."""
         base = args[0]
         with torch._C._DisableTorchDispatch():
-            seen = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
+            seen = func(*_map(_inner, args), **_map(_inner, kwargs))
         # Inside inference mode the view of an ordinary tensor is an ordinary tensor.
         with torch.inference_mode(base.is_inference()):
-            return tree_map(
-                lambda x: CudaTensor(self.world, x, base.holder) if isinstance(x, torch.Tensor) else x, seen
-            )
+            return _map(lambda x: CudaTensor(self.world, x, base.holder) if isinstance(x, torch.Tensor) else x, seen)
 
     def _make(self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> Any:
         """A new tensor of values that the host knows, or of none."""
@@ -233,10 +237,10 @@ class Dispatcher:
             if "device" not in kwargs and not any(argument.name == "device" for argument in func._schema.arguments):
                 described = dict(kwargs)
             with torch._C._DisableTorchDispatch():
-                meta = func(*tree_map(_as_meta, args), **described)
+                meta = func(*_map(_as_meta, args), **described)
             return self.world.like(index, meta)
         with torch._C._DisableTorchDispatch():
-            values = func(*tree_map(_as_empty_cpu, args), **{**described, "device": torch.device("cpu")})
+            values = func(*_map(_as_empty_cpu, args), **{**described, "device": torch.device("cpu")})
         out = self.world.like(index, values)
         inner = out.inner
         self.machine.launch(self.machine.current_queue(index), str(func), _copying(inner, values))
@@ -248,7 +252,7 @@ class Dispatcher:
         args, kwargs = self._host_arguments(func, args, kwargs, index)
         self.machine.wait([queue.end], "value")
         with torch._C._DisableTorchDispatch(), torch.no_grad():
-            values = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
+            values = func(*_map(_inner, args), **_map(_inner, kwargs))
 
         def give(value: Any) -> Any:
             if not isinstance(value, torch.Tensor):
@@ -258,30 +262,45 @@ class Dispatcher:
             return out
 
         with torch._C._DisableTorchDispatch():
-            return tree_map(give, values)
+            return _map(give, values)
 
     def _queue(self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> Any:
         """A kernel on the current stream of the device."""
         queue = self.machine.current_queue(index)
         args, kwargs = self._host_arguments(func, args, kwargs, index)
-        inner_args, inner_kwargs = tree_map(_inner, args), tree_map(_inner, kwargs)
+        inner_args, inner_kwargs = _map(_inner, args), _map(_inner, kwargs)
         if any(argument.alias_info is not None for argument in _returns(func)) or not _returns(func):
             self.machine.launch(queue, str(func), lambda: func(*inner_args, **inner_kwargs))
             return _written(func, args, kwargs)
-        with torch._C._DisableTorchDispatch(), torch.no_grad():
-            described = func(*tree_map(_as_meta, args), **tree_map(_as_meta, kwargs))
-        flat, spec = tree_flatten(described)
-        outs = [self.world.like(index, each) if isinstance(each, torch.Tensor) else each for each in flat]
+        outs = [
+            self.world.empty(index, *each) if isinstance(each, Description) else each
+            for each in self._describe(func, args, kwargs)
+        ]
         inners = [out.inner if isinstance(out, CudaTensor) else None for out in outs]
 
         def run() -> None:
-            values = tree_flatten(func(*inner_args, **inner_kwargs))[0]
-            for inner, value in zip(inners, values, strict=True):
+            values = func(*inner_args, **inner_kwargs)
+            for inner, value in zip(inners, _leaves(values), strict=True):
                 if inner is not None:
                     inner.copy_(value)
 
         self.machine.launch(queue, str(func), run)
-        return tree_unflatten(outs, spec)
+        returns = _returns(func)
+        if len(returns) > 1:
+            return tuple(outs)
+        return outs if isinstance(returns[0].type, torch.ListType) else outs[0]
+
+    def _describe(self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """What an operator's results look like, by torch's meta functions; they are slow, so what they said is kept."""
+        key = (func, _key((args, kwargs)))
+        if key not in DESCRIBED:
+            with torch._C._DisableTorchDispatch(), torch.no_grad():
+                results = func(*_map(_as_meta, args), **_map(_as_meta, kwargs))
+            DESCRIBED[key] = [
+                Description(tuple(each.size()), each.stride(), each.dtype) if isinstance(each, torch.Tensor) else each
+                for each in _leaves(results)
+            ]
+        return DESCRIBED[key]
 
     def _host_arguments(
         self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any], index: int
@@ -301,7 +320,7 @@ class Dispatcher:
             raise RuntimeError(f"Expected all tensors to be on the same device, but found cpu and cuda:{index}: {func}")
 
         with torch._C._DisableTorchDispatch():
-            taken: tuple[tuple[Any, ...], dict[str, Any]] = tree_map(take, (args, kwargs))
+            taken: tuple[tuple[Any, ...], dict[str, Any]] = _map(take, (args, kwargs))
         return taken
 
     # Copies.
@@ -426,6 +445,36 @@ FACTORIES = {
     aten.new_ones.default,
     aten.new_full.default,
 }
+
+
+DESCRIBED: dict[Any, list[Any]] = {}
+
+
+def _leaves(value: Any) -> list[Any]:
+    """All that lies in tuples, lists and mappings."""
+    if isinstance(value, (tuple, list)):
+        return [leaf for each in value for leaf in _leaves(each)]
+    return [leaf for each in value.values() for leaf in _leaves(each)] if isinstance(value, dict) else [value]
+
+
+def _map(function: Callable[[Any], Any], value: Any) -> Any:
+    """The same tuples, lists and mappings of other things."""
+    if isinstance(value, (tuple, list)):
+        mapped = [_map(function, each) for each in value]
+        # torch's named results are tuples, too.
+        return mapped if isinstance(value, list) else tuple(mapped)
+    return {name: _map(function, each) for name, each in value.items()} if isinstance(value, dict) else function(value)
+
+
+def _key(value: Any) -> Any:
+    """What the looks of an operator's results depend on."""
+    if isinstance(value, (tuple, list)):
+        return tuple(_key(each) for each in value)
+    if isinstance(value, dict):
+        return tuple((name, _key(each)) for name, each in value.items())
+    if isinstance(value, torch.Tensor):
+        return Description(tuple(value.size()), value.stride(), value.dtype), isinstance(value, CudaTensor)
+    return type(value), value
 
 
 def _copying(target: torch.Tensor, source: torch.Tensor) -> Callable[[], None]:

@@ -26,13 +26,11 @@ from eagle_target.errors import ConnectError, ContractError
 from eagle_target.requesting import BatchForm, RequestingBackend
 from eagle_target.rows import PackedTensors, RowStore
 from eagle_target.server.stages import DeviceOrder
-from eagle_target.testing.server import loopback_server
 from eagle_target.testing.tiny import EmbeddingRunner, shuffled_mapping
 from eagle_target.testing.transport_harness import ChannelPair, MemoryBody, MemoryControl
 from tests.cuda_sim.device import Spin, Stuck
 from tests.cuda_sim.patches import fake_cuda
-from tests.cuda_sim.peers import install_peers
-from tests.cuda_sim.targets import DeviceRunner, SupervisingDeviceRunner
+from tests.cuda_sim.targets import DeviceRunner, SupervisingDeviceRunner, served
 from tests.server.cases import assert_same_tensors, engine, expected_of, request_of, wait_until
 
 if TYPE_CHECKING:
@@ -43,14 +41,6 @@ if TYPE_CHECKING:
     from tests.cuda_sim.tensors import World
 
 SIZES = ([5, 9], [14], [3, 3, 8])
-
-
-@pytest.fixture
-def peers(world: World) -> Iterator[None]:
-    """Shm and nccl between the devices of the machine."""
-    with pytest.MonkeyPatch.context() as patch:
-        install_peers(world, patch)
-        yield
 
 
 def rows_of_a_trainer(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -272,18 +262,6 @@ def test_f3_a_channel_of_shared_device_memory_never_waits_for_the_device(machine
 
 
 # F4: a device without a number is the current one of the thread that names it, for all threads.
-
-
-@contextmanager
-def served(machine: Machine, load: Any = DeviceRunner, **settings: Any) -> Iterator[str]:
-    """A server in a process of its own; its URL."""
-    with machine.in_process("server"):
-        server = loopback_server(load, **settings)
-        running = server.__enter__()
-    try:
-        yield running.url
-    finally:
-        server.__exit__(None, None, None)
 
 
 def mapping_of_50() -> Any:

@@ -156,7 +156,7 @@ def test_results_go_through_pinned_memory() -> None:
     store = sink.allocate("b", (1 << 20,), torch.int32)
     for start in range(0, 1 << 20, 1 << 18):
         store.write(start, rows[start : start + (1 << 18)])
-    torch.cuda.synchronize()
+    torch.cuda.current_stream(rows.device).synchronize()
 
     assert lease.tensor(slots[0]).eq(2).all()
     assert torch.equal(lease.tensor(slots[1]), torch.arange(1 << 20, dtype=torch.int32))
