@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,7 +110,11 @@ class Cudart:
 
     def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
         """Unpin memory; a number other than 0 is an error."""
-        return 0 if self._world.pinned.unregister(address) else 1
+        return 0 if self._world.pinned.unregister(address) else 713
+
+    def cudaGetErrorString(self, status: int) -> str:  # noqa: N802
+        """What a number means."""
+        return f"error {status}"
 
 
 def _let_torch_guard_cuda() -> None:
@@ -160,6 +165,8 @@ def fake_cuda(seed: int, devices: int = 4) -> Iterator[World]:
         install(world, patch)
         with _seeing(world):
             yield world
+            # What is still pinned is let go of while there is somebody to tell.
+            gc.collect()
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.client.staging import StagedSink
 from eagle_target.colocated import RunnerEagle3TargetModel
 from eagle_target.errors import ConnectError, ContractError
+from eagle_target.pinned import PinnedPool
 from eagle_target.requesting import BatchForm, RequestingBackend
 from eagle_target.rows import PackedTensors, RowStore
 from eagle_target.server.stages import DeviceOrder
@@ -359,7 +360,8 @@ def test_f17_staged_tensors_are_waited_for_on_their_own_device(machine: Machine)
     stagings: list[torch.Tensor] = []
 
     def work() -> None:
-        sink = StagedSink(Assembler(), torch.device("cuda:3"))  # type: ignore[arg-type]
+        device = torch.device("cuda:3")
+        sink = StagedSink(Assembler(), device, PinnedPool(device).allocate)  # type: ignore[arg-type]
         store = sink.allocate("rows", (64,), torch.float32)
         store.out.fill_(1)
         stagings.append(store.out)
