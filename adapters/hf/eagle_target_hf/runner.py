@@ -13,7 +13,6 @@ from eagle_target_hf.architecture import find_architecture
 from eagle_target_hf.batching import plan_batches
 from eagle_target_hf.execution import run_batches
 from eagle_target_hf.failures import engine_call
-from eagle_target_hf.head import is_plain
 from eagle_target_hf.memory import ForwardMemory
 from eagle_target_hf.options import DEFAULT_MAX_BATCH_TOKENS
 from eagle_target_hf.probe import Proven, prove
@@ -144,14 +143,14 @@ class HFTargetRunner:
         """See `TargetRunner.input_embedding_weight`; shares the model's memory.
 
         Raises:
-            AdapterError: the embedding is offloaded, quantised or sharded, or not as wide as the hidden states.
+            AdapterError: the embedding is offloaded or quantised, or not as wide as the hidden states.
         """
         _, proven = self._open()
         weight = proven.execution.architecture.input_embedding()[: self._info.vocab_size].detach()
         expected = (self._info.vocab_size, self._info.hidden_size)
-        if not is_plain(weight) or tuple(weight.shape) != expected:
-            what = f"a {type(weight.data).__name__} {list(weight.shape)} of {weight.dtype}"
-            given = "offloaded" if weight.device.type == "meta" else what
+        is_offloaded = weight.device.type == "meta"
+        if is_offloaded or not weight.is_floating_point() or tuple(weight.shape) != expected:
+            given = "offloaded" if is_offloaded else f"{list(weight.shape)} of {weight.dtype}"
             raise AdapterError(f"the input embedding of {self._info.model} is {given}, expected {list(expected)}")
         return weight
 
