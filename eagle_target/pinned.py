@@ -66,10 +66,13 @@ class Registration:
 
 
 def _unregister(device: torch.device, block: mmap.mmap, address: int, pid: int) -> None:
-    # A process that was forked since has the memory, but no CUDA.
-    reason = _call(device, "cudaHostUnregister", address) if pid == os.getpid() else None
-    if reason is not None:
-        _kept.append(block)
+    if pid != os.getpid():
+        return  # A process that was forked since has the memory, but no CUDA.
+    _kept.append(block)
+    reason = _call(device, "cudaHostUnregister", address)
+    if reason is None:
+        _kept.remove(block)
+    else:
         logger.warning("CUDA does not unpin %d bytes, which are kept: %s", len(block), reason)
 
 

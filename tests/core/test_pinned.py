@@ -266,6 +266,15 @@ def test_memory_that_cuda_does_not_let_go_of_is_kept(runtime: Runtime, caplog: p
     runtime.ranges.clear()
 
 
+def test_memory_is_kept_whatever_stands_in_the_way(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    registration = Registration(CUDA, new_block(SLAB))
+    monkeypatch.setattr(runtime, "cudaHostUnregister", None)
+    with pytest.raises(TypeError):
+        registration.release()
+    gc.collect()
+    assert len(pinned._kept) == 1
+
+
 def test_without_cuda_memory_is_pageable(caplog: pytest.LogCaptureFixture) -> None:
     if torch.cuda.is_available():
         pytest.skip("has CUDA")
