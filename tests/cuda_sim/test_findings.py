@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from eagle_target_nccl.device_tensors import DeviceTensors
+from eagle_target_nccl.groups import PairGroup
 from eagle_target_nccl.outbox import Parcel
 from eagle_target_nccl.transport import NcclOptions, NcclTransport
 from eagle_target_shm.cuda import SegmentPool
+from eagle_target_shm.hosts import this_host
 from eagle_target_shm.memory import SharedTensors
 from eagle_target_shm.segment import PROBE_BYTES
 from eagle_target_shm.server import ShmServerEndpoint
@@ -262,6 +264,25 @@ def test_f3_a_channel_of_shared_device_memory_never_waits_for_the_device(machine
     endpoint.close()
 
 
+def test_f3_memory_of_another_process_goes_back_when_it_is_read(machine: Machine, peers: None) -> None:
+    pair = shm_channel()
+    received = PackedTensors()
+    reply = pair.server.send("t", {"rows": torch.ones(3 << 16, device="cuda:0")}, {})
+    with machine.in_process("trainer"):
+        pair.client.receive(MemoryBody.of(reply), received)
+        # Read on the stream that it was received on, by work that is only queued when the memory is let go of.
+        read = received["rows"].clone()
+        received.clear()
+    wait_until(lambda: pair.server._arenas["cuda"].loans == 0, "the memory")  # type: ignore[attr-defined]
+    side = torch.cuda.Stream("cuda:0")  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(side):
+        pair.server.new_tensors().put("rows", torch.zeros(3 << 16, device="cuda:0"))
+    side.synchronize()
+    with machine.in_process("trainer"):
+        assert bool((read.cpu() == 1).all())
+    pair.close()
+
+
 # F4: a device without a number is the current one of the thread that names it, for all threads.
 
 
@@ -328,6 +349,53 @@ def test_f4_threads_of_a_backend_have_its_device_as_their_current_one(machine: M
     assert seen == [2]
 
 
+def test_f4_attempts_of_a_hedged_request_have_the_clients_device_as_their_current_one(machine: Machine) -> None:
+    seen: set[int] = set()
+
+    class Looking(RemoteEagle3TargetModel):
+        def _allocate(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+            seen.add(torch.cuda.current_device())
+            return super()._allocate(shape, dtype)
+
+    with served(machine) as url, machine.in_process("trainer"):
+        torch.cuda.set_device(2)
+        with Looking.from_urls([url], device="cuda", encoding="logits", transport="wire", hedge_after=60.0) as client:
+            client.generate_batch(**rows_of_a_trainer())
+    assert seen == {2}
+
+
+@pytest.mark.parametrize("supervises", [False, True])
+def test_f4_threads_of_a_server_are_on_its_targets_device(machine: Machine, supervises: bool) -> None:
+    runner = SupervisingDeviceRunner if supervises else DeviceRunner
+    one, two = request_of([5]), request_of([5, 7])
+    assert torch.equal(one.input_ids, two.input_ids[:5])
+    with machine.in_process("server"), engine(lambda: runner("cuda:3"), cache_bytes=1 << 20) as server:
+        # A sequence of the second is there already.
+        for request in (one, two):
+            server.submit(request).result(30)
+    assert machine.contexts == {("server", 3)}
+
+
+def test_f4_the_thread_that_sends_over_nccl_is_on_the_targets_device(
+    machine: Machine, peers: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    push = PairGroup.push
+
+    def look(*arguments: Any) -> None:
+        seen.append(torch.cuda.current_device())
+        push(*arguments)
+
+    monkeypatch.setattr(PairGroup, "push", look)
+    endpoint = NcclTransport.listen(NcclOptions())
+    client = NcclTransport.connect(
+        NcclOptions(), endpoint.offer(), MemoryControl(endpoint, device="cuda:1", target_device="cuda:3")
+    )
+    assert seen == [3]
+    client.close()
+    endpoint.close()
+
+
 def test_f4_below_the_entrances_a_device_without_a_number_is_refused(machine: Machine, peers: None) -> None:
     somewhere = torch.device("cuda")
     form = BatchForm("logits", "supervised", torch.float32, somewhere)
@@ -339,9 +407,14 @@ def test_f4_below_the_entrances_a_device_without_a_number_is_refused(machine: Ma
         for transport, options in ((ShmTransport, ShmOptions()), (NcclTransport, NcclOptions())):
             endpoint = transport.listen(options)
             control = MemoryControl(endpoint, device=device, target_device=target_device)
-            with pytest.raises(ConnectError, match="number"):
-                transport.connect(NcclOptions(connect_timeout=1.0), endpoint.offer(), control)
+            with pytest.raises(ConnectError, match="name its number"):
+                transport.connect(options, endpoint.offer(), control)
             endpoint.close()
+    hello = {**this_host(), "backend": "nccl", "target_device": "cuda", "address": "127.0.0.1", "gpu": "another"}
+    for endpoint in (ShmTransport.listen(ShmOptions()), NcclTransport.listen(NcclOptions())):
+        with pytest.raises(ConnectError, match="number"):
+            endpoint.accept(hello)
+        endpoint.close()
 
 
 # F17: staged memory is pinned, and waited for, on the device that it goes to.
