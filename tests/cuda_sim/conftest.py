@@ -20,14 +20,15 @@ if TYPE_CHECKING:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run what takes a seed once for each of `--cuda-sim-seeds`.
 
-    A class may name what it runs in every order, with `every_seed`: the rest of it then runs in the plain ones.
+    A class may name what it runs in every order, with `every_seed`: the rest of it then runs in the first `rest_seeds`.
     """
-    if "seed" not in metafunc.fixturenames:
+    given = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if "seed" not in metafunc.fixturenames or "seed" in given:
         return
     seeds = metafunc.config.getoption("--cuda-sim-seeds")
     every_seed = getattr(metafunc.cls, "every_seed", None)
     if every_seed is not None and metafunc.function.__name__ not in every_seed:
-        seeds = min(seeds, len(PURE))
+        seeds = min(seeds, getattr(metafunc.cls, "rest_seeds", len(PURE)))
     metafunc.parametrize("seed", range(seeds), ids="seed{}".format)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import threading
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -62,9 +60,11 @@ def install_peers(world: World, patch: pytest.MonkeyPatch) -> None:
 
         Options = _Options
 
-        def __init__(self, store: Any, rank: int, _size: int, _options: Any) -> None:
-            super().__init__(world.machine, rank, _meet(links, store, rank))
+        def __init__(self, store: str, rank: int, _size: int, _options: Any) -> None:
+            super().__init__(world.machine, rank, links.setdefault(store, _Link()))
 
+    # No store is needed for two ends in one process.
+    patch.setattr("eagle_target_nccl.rendezvous.Meeting.join", lambda meeting, _timeout: meeting.prefix)
     patch.setattr(distributed, "ProcessGroupNCCL", ProcessGroupNCCL, raising=False)
     patch.setattr(distributed, "is_nccl_available", lambda: True)
 
@@ -99,19 +99,6 @@ class _Link:
         while len(self.transfers[sender]) <= number:
             self.transfers[sender].append(_Transfer())
         return self.transfers[sender][number]
-
-
-_link_lock = threading.Lock()
-_link_numbers = itertools.count()
-
-
-def _meet(links: dict[str, _Link], store: Any, rank: int) -> _Link:
-    if rank == 0:
-        with _link_lock:
-            name = f"link {next(_link_numbers)}"
-            links[name] = _Link()
-        store.set("fake-link", name)
-    return links[store.get("fake-link").decode()]
 
 
 class FakeProcessGroup:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from tests.cuda_sim.device import Machine
 
 
+SHARED_BYTES = 8 << 20
+
+
 class DeviceRunner(EmbeddingRunner):
     """An `EmbeddingRunner` whose weights are on a device; it gives the bits that one on the CPU gives.
 
@@ -59,7 +62,8 @@ class SupervisingDeviceRunner(DeviceRunner):
 @contextmanager
 def served(machine: Machine, load: Callable[[], TargetRunner] = DeviceRunner, **settings: Any) -> Iterator[str]:
     """A server in a process of its own; its URL."""
-    server = loopback_server(load, **settings)
+    options = {"shm": {"max_bytes": SHARED_BYTES, "cuda_bytes": SHARED_BYTES}}
+    server = loopback_server(load, transport_options=options, **settings)
     with machine.in_process("server"):
         running = server.__enter__()
     try:

@@ -21,18 +21,19 @@ if TYPE_CHECKING:
 class TestHFOnADevice(AdapterParityConformance, AdapterContractConformance, AdapterServerConformance):
     """One loaded target for the class; the order is another for each test.
 
-    every_seed: what runs in every order; the rest would take minutes.
+    every_seed: what runs in every order, rest_seeds: in how many the rest does, which would take minutes.
     """
 
     adapter = HFAdapter
     options: ClassVar[Mapping[str, Any]] = {"device": "cuda:1"}
     every_seed = frozenset(
         {
-            "test_packed_rows",
             "test_a_later_forward_leaves_earlier_tensors_alone",
             "test_another_thread_may_run_it",
+            "test_logits_for_the_trainer",
         }
     )
+    rest_seeds = 1
 
     @classmethod
     def make_checkpoint(cls, folder: Path, **sizes: Any) -> Path:
