@@ -7,25 +7,28 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+from eagle_target.checkpoints.files import list_names, read_stored
+from eagle_target.checkpoints.loading import auto_class, find_folder, load_report, require_known_quantisation
+from eagle_target.checkpoints.report import LoadReport, refusal, require_whole
 from eagle_target.devices import resolve_device
 from eagle_target.errors import AdapterError
+from eagle_target_hf.head import is_plain
 
 if TYPE_CHECKING:
-    from eagle_target_hf.options import HFOptions
+    from collections.abc import Iterator
+    from pathlib import Path
 
-_AUTO_CLASSES = {
-    "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING,
-    "AutoModelForImageTextToText": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-}
+    from eagle_target.checkpoints.files import StoredTensor
+    from eagle_target_hf.options import HFOptions
 
 
 def load_model(model: str, options: HFOptions) -> Any:
     """Load a causal or image-text-to-text model, quantised as its checkpoint says.
 
     Raises:
-        AdapterError: no such model, no such class, or whatever transformers says.
+        AdapterError: no such model, no such class, not all of its weights are the checkpoint's, or whatever
+            transformers says.
     """
     placement = _placement(options)
     source = {
@@ -34,17 +37,32 @@ def load_model(model: str, options: HFOptions) -> Any:
         "local_files_only": options.local_files_only,
     }
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    report = LoadReport()
     try:
         config = transformers.AutoConfig.from_pretrained(model, **source)
-        auto_class = _auto_class(config)
-        loaded = auto_class.from_pretrained(
-            model, dtype=dtype, attn_implementation=options.attn_implementation, **placement, **source
-        )
+        folder = _folder(model, options)
+        is_quantised = require_known_quantisation(model, config, folder)
+        stored = _stored(folder, config)
+        with load_report(report):
+            loaded, info = _class_for(config).from_pretrained(
+                model,
+                dtype=dtype,
+                attn_implementation=options.attn_implementation,
+                output_loading_info=True,
+                **placement,
+                **source,
+            )
+        report.add(info)
+        stored = stored or _stored(_folder(model, options), config)
+        require_whole(model, loaded, report, stored, is_quantised=is_quantised)
+        _require_values(model, loaded)
         _own_weights(loaded)
         return loaded if placement else loaded.to(_device(options))
     except AdapterError:
         raise
     except Exception as error:
+        if report.messages:
+            raise refusal(model, report.messages) from error
         raise AdapterError(f"transformers could not load {model!r}: {error}") from error
 
 
@@ -55,15 +73,63 @@ def _own_weights(model: torch.nn.Module) -> None:
             tensor.data = tensor.data.clone()
 
 
-def _auto_class(config: Any) -> Any:
-    auto_map = getattr(config, "auto_map", None) or {}
-    for name, mapping in _AUTO_CLASSES.items():
-        if name in auto_map or type(config) in mapping:
-            return getattr(transformers, name)
-    raise AdapterError(
-        f"a {config.model_type!r} model is no causal language model: the target must load with "
-        f"{' or '.join(_AUTO_CLASSES)}"
-    )
+def _class_for(config: Any) -> Any:
+    found = auto_class(config)
+    if found is None:
+        raise AdapterError(
+            f"a {config.model_type!r} model is no causal language model: the target must load with "
+            "AutoModelForCausalLM or AutoModelForImageTextToText"
+        )
+    return found
+
+
+def _require_values(model: str, loaded: torch.nn.Module) -> None:
+    empty = sorted(_without_memory(loaded))
+    if empty:
+        raise refusal(model, [f"left without values: {list_names(empty)}"])
+    broken = sorted(_not_finite(loaded))
+    if broken:
+        raise refusal(
+            model,
+            [f"numbers that are not finite: {list_names(broken)}. Copy the checkpoint again, or use another dtype"],
+        )
+
+
+def _stored(folder: Path | None, config: Any) -> dict[str, StoredTensor]:
+    return {} if folder is None else read_stored(folder, getattr(config, "transformers_weights", None))
+
+
+def _folder(model: str, options: HFOptions) -> Path | None:
+    """Where the checkpoint lies.
+
+    Raises:
+        AdapterError: it is an adapter over another model.
+    """
+    folder = find_folder(model, options.revision)
+    if folder is not None and (folder / "adapter_config.json").exists():
+        raise AdapterError(
+            f"{model!r} has a PEFT adapter (adapter_config.json): merge it into its model (merge_and_unload, "
+            "save_pretrained) and load that"
+        )
+    return folder
+
+
+def _without_memory(model: torch.nn.Module) -> Iterator[str]:
+    """Weights and buffers on the meta device that accelerate does not bring in when they are needed."""
+    for path, module in model.named_modules():
+        if not hasattr(module, "_hf_hook"):
+            for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+                if tensor.device.type == "meta":
+                    yield f"{path}.{name}".lstrip(".")
+
+
+def _not_finite(model: torch.nn.Module) -> Iterator[str]:
+    for name, weight in model.named_parameters():
+        if is_plain(weight) and weight.numel():
+            # One pass without a copy; either end is nan where any number is.
+            low, high = torch.aminmax(weight.detach())
+            if not bool(low.isfinite() & high.isfinite()):
+                yield name
 
 
 def _device(options: HFOptions) -> str:

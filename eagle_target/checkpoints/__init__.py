@@ -1,0 +1,1 @@
+"""Whether a checkpoint is whole: its files, and what transformers makes of them."""
