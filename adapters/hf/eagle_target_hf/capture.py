@@ -6,6 +6,7 @@ slots = rows*width of the batch in flight, pads included.
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from eagle_target_hf.batching import PlannedBatch
+
+_STATES_NAMES = ("last_hidden_state", "hidden_states")
 
 
 @contextmanager
@@ -61,8 +64,16 @@ def copy_spans(slots: torch.Tensor, out: torch.Tensor, spans: Sequence[tuple[int
         out[token : token + length].copy_(slots[slot : slot + length])
 
 
+def states_of(output: Any) -> Any:
+    """The hidden states in what a layer returns: itself, the first of a tuple, or by name."""
+    if isinstance(output, Mapping):
+        named = [output[name] for name in _STATES_NAMES if output.get(name) is not None]
+        return named[0] if named else next(iter(output.values()), None)
+    return output[0] if isinstance(output, tuple | list) and output else output
+
+
 def _slot_rows(module: torch.nn.Module, output: Any, batch: PlannedBatch, width: int) -> torch.Tensor:
-    tensor = output if isinstance(output, torch.Tensor) else output[0]
+    tensor = states_of(output)
     slots = batch.rows * batch.width
     if not isinstance(tensor, torch.Tensor) or tensor.shape[-1] != width or tensor.numel() != slots * width:
         shape = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__

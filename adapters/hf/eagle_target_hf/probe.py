@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,6 +14,8 @@ from eagle_target_hf.architecture import module_at
 from eagle_target_hf.batching import plan_batches
 from eagle_target_hf.execution import Execution, run_batches
 from eagle_target_hf.head import HeadForm, OwnHead, candidate_forms
+from eagle_target_hf.layer_proof import find_obstacles
+from eagle_target_hf.tolerance import is_close, is_same_direction
 
 if TYPE_CHECKING:
     from eagle_target_hf.architecture import Architecture
@@ -34,18 +36,21 @@ class Proven:
 
     execution: how to run it. head: replays its head; None where only its own forward gives its logits.
     draft_form: what its head does to the rows of a plain weight, if it is as simple as that.
+    obstacles: why a layer cannot be captured, by the ids of those that cannot.
     """
 
     execution: Execution
     head: OwnHead | None
     draft_form: HeadForm | None
+    obstacles: dict[int, str]
 
 
 def prove(architecture: Architecture) -> Proven:
     """Find the decoder, replay the head and choose how sequences share a batch; call without gradients.
 
     Raises:
-        AdapterError: no module gives last hidden states of the config's width.
+        AdapterError: no module gives last hidden states of the config's width, none of the layers can be captured, or
+            the numbers are not finite.
     """
     device = architecture.device()
     ids = torch.arange(1, _PROBE_TOKENS + 1, device=device) * max(1, architecture.vocab_size // (_PROBE_TOKENS + 1))
@@ -67,9 +72,17 @@ def prove(architecture: Architecture) -> Proven:
         logits_dtype=own.dtype,
         device=device,
     )
+    if not bool(hidden.isfinite().all()):
+        raise AdapterError(
+            f"{architecture.name} gives last hidden states that are not finite in {execution.dtype}: use dtype "
+            "bfloat16 or float32, or look at the checkpoint"
+        )
+    obstacles = find_obstacles(execution, ids)
+    if len(obstacles) == len(architecture.layers):
+        raise AdapterError(f"{architecture.name}: {obstacles[0]}")
     execution = replace(execution, layout=_choose_layout(execution, ids))
     form = None if head is None else _find_draft_form(architecture, head, hidden, own)
-    return Proven(execution=execution, head=head, draft_form=form)
+    return Proven(execution=execution, head=head, draft_form=form, obstacles=obstacles)
 
 
 def _find_decoder(
@@ -87,7 +100,7 @@ def _find_decoder(
             hidden = output[0][0]
             usable.append((path, hidden))
             head = OwnHead(architecture, path, tuple if isinstance(output, tuple) else type(output))
-            if _is_close(head(hidden), own):
+            if is_close(head(hidden), own):
                 return path, hidden, head
             problems.append(f"{where} leads to other logits")
         except Exception as error:  # noqa: BLE001 - another module may do, and the message is kept
@@ -119,7 +132,7 @@ def _choose_layout(execution: Execution, ids: torch.Tensor) -> Layout:
         except Exception as error:  # noqa: BLE001 - a layout that the model refuses is one it does not support
             _logger.info("%s does not run with layout %s: %s", execution.architecture.name, layout, error)
             continue
-        if _is_same_direction(shared, alone):
+        if is_same_direction(shared, alone):
             return layout
         _logger.info("%s gives other hidden states with layout %s", execution.architecture.name, layout)
     _logger.warning(
@@ -146,28 +159,6 @@ def _find_draft_form(
         if draft is None or draft.weight.dtype != hidden.dtype:
             return None
         draft = draft.to(hidden.device)
-        if all(_is_close(draft.compute_logits(rows), expected) for rows, expected in tests):
+        if all(is_close(draft.compute_logits(rows), expected) for rows, expected in tests):
             return form
     return None
-
-
-def _is_close(given: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether no element differs by more than rounding, as a part of the largest one."""
-    if given.shape != expected.shape:
-        return False
-    tolerance = 1e-4 if _is_exact(given) and _is_exact(expected) else 1e-2
-    finite = expected.isfinite()
-    if not torch.equal(given.isfinite(), finite):
-        return False
-    ours, theirs = (torch.where(finite, tensor.float(), 0.0) for tensor in (given, expected))
-    return bool((ours - theirs).abs().max() <= tolerance * theirs.abs().max())
-
-
-def _is_same_direction(given: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether the difference is a small part of the whole; batches of other shapes round differently."""
-    tolerance = 1e-3 if _is_exact(given) else 5e-2
-    return bool((given.float() - expected.float()).norm() <= tolerance * expected.float().norm())
-
-
-def _is_exact(tensor: torch.Tensor) -> Any:
-    return tensor.dtype in (torch.float32, torch.float64)

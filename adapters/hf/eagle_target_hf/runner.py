@@ -91,8 +91,18 @@ class HFTargetRunner:
         return proven.head is None or not hasattr(head, "_hf_hook")
 
     def set_aux_layers(self, aux_layer_ids: Sequence[int]) -> None:
-        """See `TargetRunner.set_aux_layers`."""
-        self._aux_layer_ids = validate_aux_layer_ids(aux_layer_ids, self._info.num_layers)
+        """See `TargetRunner.set_aux_layers`.
+
+        Raises:
+            AdapterError: one of them cannot be captured.
+        """
+        layers = validate_aux_layer_ids(aux_layer_ids, self._info.num_layers)
+        _, proven = self._open()
+        for layer in layers:
+            if layer in proven.obstacles:
+                name = proven.execution.architecture.name
+                raise AdapterError(f"layer {layer} of {name}: {proven.obstacles[layer]}")
+        self._aux_layer_ids = layers
 
     def forward_eagle3(self, input_ids: torch.Tensor, seq_lens: Sequence[int]) -> TargetForward:
         """See `TargetRunner.forward_eagle3`; `[tokens, ...]` on `info.device`.

@@ -1,0 +1,211 @@
+"""The smallest model of any class of transformers: its own default config, with every size made small."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+LAYERS = 5
+VOCAB = 97
+HIDDEN = 32
+_HEADS = 4
+
+# What sizes are called, over all architectures.
+_VALUES: dict[int, tuple[str, ...]] = {
+    LAYERS: (
+        "num_hidden_layers",
+        "n_layer",
+        "n_layers",
+        "num_layers",
+        "depth",
+        "encoder_layers",
+        "decoder_layers",
+        "num_decoder_layers",
+        "num_encoder_layers",
+    ),
+    HIDDEN: (
+        "hidden_size",
+        "d_model",
+        "n_embd",
+        "embed_dim",
+        "dim",
+        "hidden_dim",
+        "embedding_size",
+        "word_embed_proj_dim",
+        "out_hidden_size",
+        "output_hidden_size",
+        "text_hidden_size",
+        "lru_width",
+        "attention_hidden_size",
+        "mm_hidden_size",
+        "projection_dim",
+        "proj_dim",
+        "rnn_hidden_size",
+        "rotary_dim_total",
+        "width",
+    ),
+    48: (
+        "intermediate_size",
+        "ffn_dim",
+        "n_inner",
+        "d_ff",
+        "encoder_ffn_dim",
+        "decoder_ffn_dim",
+        "ffn_hidden_size",
+        "shared_intermediate_size",
+        "intermediate_size_mlp",
+        "block_ff_dim",
+        "expert_ffn_hidden_size",
+        "dense_intermediate_size",
+        "mlp_dim",
+    ),
+    _HEADS: (
+        "num_attention_heads",
+        "n_head",
+        "n_heads",
+        "num_heads",
+        "encoder_attention_heads",
+        "decoder_attention_heads",
+        "attention_heads",
+        "linear_num_value_heads",
+        "mamba_n_heads",
+        "mamba_num_heads",
+        "num_experts",
+        "num_local_experts",
+        "n_routed_experts",
+        "moe_num_experts",
+        "num_expert",
+        "linear_conv_kernel_dim",
+        "index_n_heads",
+        "rotary_dim",
+        "num_hash_buckets",
+    ),
+    2: (
+        "num_key_value_heads",
+        "n_kv_heads",
+        "num_kv_heads",
+        "multi_query_group_num",
+        "num_experts_per_tok",
+        "num_experts_per_token",
+        "moe_topk",
+        "moe_k",
+        "top_k_experts",
+        "linear_num_key_heads",
+        "num_key_value_groups",
+        "expand",
+        "mamba_expand",
+        "num_global_key_value_heads",
+        "num_attention_groups",
+    ),
+    8: (
+        "head_dim",
+        "qk_rope_head_dim",
+        "qk_nope_head_dim",
+        "v_head_dim",
+        "linear_key_head_dim",
+        "linear_value_head_dim",
+        "state_size",
+        "ssm_state_size",
+        "mamba_d_state",
+        "index_head_dim",
+        "kv_channels",
+        "attention_head_dim",
+        "d_kv",
+        "global_head_dim",
+        "hidden_size_per_layer_input",
+        "swa_head_dim",
+        "swa_v_head_dim",
+        "time_step_rank",
+        "index_topk",
+        "laurel_rank",
+        "head_size",
+    ),
+    16: (
+        "moe_intermediate_size",
+        "q_lora_rank",
+        "kv_lora_rank",
+        "shared_expert_intermediate_size",
+        "moe_shared_expert_intermediate_size",
+        "expert_hidden_dim",
+        "mamba_d_head",
+        "mamba_head_dim",
+        "o_lora_rank",
+        "sliding_window",
+        "attention_window_size",
+        "attention_chunk_size",
+        "chunk_size",
+        "mamba_chunk_size",
+        "share_expert_dim",
+        "moe_latent_size",
+    ),
+    1: (
+        "n_group",
+        "topk_group",
+        "mamba_n_groups",
+        "n_groups",
+        "num_groups",
+        "first_k_dense_replace",
+        "n_shared_experts",
+        "num_nextn_predict_layers",
+        "num_kv_shared_layers",
+    ),
+    VOCAB: ("vocab_size", "vocab_size_per_layer_input", "audio_vocab_size", "image_vocab_size"),
+    128: ("max_position_embeddings", "n_positions", "seq_length", "max_sequence_length", "n_ctx", "max_seq_len"),
+}
+_SIZES = {name: value for value, names in _VALUES.items() for name in names}
+_IMAGE = ("image_size", "img_size", "input_size", "max_image_size")
+
+# What a class needs besides.
+CHANGES: dict[str, dict[str, Any]] = {}
+
+
+def tiny_config(config_class: type[Any]) -> Any:
+    """A config of the class with small sizes, also in the configs inside it."""
+    config = config_class()
+    values = _shrink(config.to_dict())
+    values |= CHANGES.get(config_class.__name__, {})
+    return config_class.from_dict(values)
+
+
+def tiny_model(model_class: type[Any], config: Any) -> Any:
+    """A random model in eval mode whose logits reach several units and whose biases are not zero."""
+    torch.manual_seed(0)
+    model = model_class._from_config(config, dtype=torch.float32)  # noqa: SLF001 - the only way from a config to a class
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+            elif parameter.dim() > 1:
+                parameter.normal_(std=0.15)
+    return model.eval()
+
+
+def _shrink(values: dict[str, Any]) -> dict[str, Any]:
+    small: dict[str, Any] = {}
+    depths = {value for name, value in values.items() if name in _VALUES[LAYERS] and isinstance(value, int)}
+    for name, value in values.items():
+        small[name] = _shrink_value(name, value, depths)
+    patch = values.get("patch_size")
+    for name in _IMAGE:
+        if isinstance(values.get(name), int) and isinstance(patch, int):
+            small[name] = 2 * patch
+    return small
+
+
+def _shrink_value(name: str, value: Any, depths: set[int]) -> Any:
+    if isinstance(value, dict):
+        return _shrink(value)
+    if isinstance(value, bool) or value is None:
+        return value
+    if isinstance(value, int):
+        if name in _SIZES:
+            return min(value, _SIZES[name]) if value > 0 else value
+        if name.endswith(("token_id", "token_index")):
+            return value if value < VOCAB else VOCAB - 3
+    if isinstance(value, list):
+        if name.endswith("token_id"):
+            return [entry if entry < VOCAB else VOCAB - 3 for entry in value]
+        if len(value) in depths and len(value) > LAYERS:
+            return value[:LAYERS]
+    return value
