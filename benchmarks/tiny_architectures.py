@@ -156,8 +156,25 @@ _VALUES: dict[int, tuple[str, ...]] = {
 _SIZES = {name: value for value, names in _VALUES.items() for name in names}
 _IMAGE = ("image_size", "img_size", "input_size", "max_image_size")
 
+_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+_SAME_HEADS = {"num_key_value_heads": _HEADS}
+
 # What a class needs besides.
-CHANGES: dict[str, dict[str, Any]] = {}
+CHANGES: dict[str, dict[str, Any]] = {
+    "Cosmos3EdgeTextConfig": {"head_dim": 8},
+    "Emu3TextConfig": {"pad_token_id": 0},
+    "HunYuanDenseV1Config": {"rope_parameters": _ROPE},
+    "HunYuanMoEV1Config": {"rope_parameters": _ROPE},
+    "HunYuanVLTextConfig": {"rope_parameters": _ROPE},
+    "Llama4TextConfig": {"pad_token_id": 0},
+    "Mamba2Config": {"num_heads": 8, "head_dim": 8, "expand": 2},
+    "MinistralConfig": {"rope_parameters": _ROPE, "head_dim": 8},
+    "Mistral4Config": {**_SAME_HEADS, "rope_parameters": _ROPE},
+    "NemotronConfig": {**_SAME_HEADS, "head_dim": 8},
+    "ReformerConfig": {"is_decoder": True},
+    "XLNetConfig": {"d_head": 8},
+    "XmodConfig": {"default_language": "en_XX"},
+}
 
 
 def tiny_config(config_class: type[Any]) -> Any:
@@ -185,27 +202,45 @@ def _shrink(values: dict[str, Any]) -> dict[str, Any]:
     small: dict[str, Any] = {}
     depths = {value for name, value in values.items() if name in _VALUES[LAYERS] and isinstance(value, int)}
     for name, value in values.items():
-        small[name] = _shrink_value(name, value, depths)
+        small[name] = _shrink_value(str(name), value, depths)
     patch = values.get("patch_size")
     for name in _IMAGE:
         if isinstance(values.get(name), int) and isinstance(patch, int):
             small[name] = 2 * patch
+    if "kv_lora_rank" in values:
+        small |= _SAME_HEADS
     return small
 
 
 def _shrink_value(name: str, value: Any, depths: set[int]) -> Any:
     if isinstance(value, dict):
+        if value and all(str(key).isdigit() for key in value):
+            # By layer.
+            return {key: entry for key, entry in value.items() if int(key) < LAYERS} or None
         return _shrink(value)
     if isinstance(value, bool) or value is None:
         return value
     if isinstance(value, int):
+        if name in _VALUES[LAYERS]:
+            return LAYERS if value > 0 else value
         if name in _SIZES:
             return min(value, _SIZES[name]) if value > 0 else value
         if name.endswith(("token_id", "token_index")):
             return value if value < VOCAB else VOCAB - 3
     if isinstance(value, list):
-        if name.endswith("token_id"):
-            return [entry if entry < VOCAB else VOCAB - 3 for entry in value]
-        if len(value) in depths and len(value) > LAYERS:
-            return value[:LAYERS]
+        return _shrink_list(name, value, depths)
+    return value
+
+
+def _shrink_list(name: str, value: list[Any], depths: set[int]) -> list[Any]:
+    if name.endswith("token_id"):
+        return [entry if entry < VOCAB else VOCAB - 3 for entry in value]
+    if name == "mrope_section":
+        # Their sum is half of a head.
+        return [2, 1, 1]
+    if len(value) in depths and len(value) > LAYERS:
+        # One of each kind, and the first of the others.
+        kinds = [value.index(kind) for kind in dict.fromkeys(map(str, value)) if kind in value]
+        others = [index for index in range(len(value)) if index not in kinds]
+        return [value[index] for index in sorted((kinds + others)[:LAYERS])]
     return value

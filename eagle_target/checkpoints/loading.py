@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eagle_target.checkpoints.files import TORCH_DTYPES, faults_of_files, is_scale_like, list_names, read_stored
+from eagle_target.checkpoints.files import TORCH_DTYPES, is_scale_like, list_names, read_stored
 from eagle_target.checkpoints.report import LoadReport, fault_of_scales, refusal, require_whole
 from eagle_target.errors import AdapterError
 
@@ -20,12 +20,24 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
+_QUANTISATIONS = ("quantization_config", "compression_config")
 
-def check_checkpoint(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> bool:
+# In transformers' report of a load.
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_SHAPES = re.compile(r"Reinit due to size mismatch - ckpt: torch\.Size\((.*?)\) vs model: ?torch\.Size\((.*?)\)")
+
+
+def check_checkpoint(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, remedy: str = ""
+) -> bool:
     """Load a checkpoint that is on this machine into a model without memory, and refuse it where it is not whole.
 
-    No values are read. Quantised checkpoints are judged by their files only, for each engine has its own ways to load
-    them.
+    No values are read. Of a quantised checkpoint only that is judged which is neither packed nor a scale, for each
+    engine has its own ways to load those.
+
+    Args:
+        name, revision, trust_remote_code: as for `from_pretrained`.
+        remedy: what else to do, for the message.
 
     Returns:
         Whether it could be judged: it is here, and transformers knows its architecture.
@@ -33,36 +45,41 @@ def check_checkpoint(name: str, *, revision: str | None = None, trust_remote_cod
     Raises:
         AdapterError: names the weights, and what to do.
     """
-    source = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        import transformers
-
-        config = transformers.AutoConfig.from_pretrained(name, **source)
-        folder = find_folder(name, revision)
-        stored = {} if folder is None else read_stored(folder, getattr(config, "transformers_weights", None))
-    except AdapterError:
-        raise
+        problem = _check(name, revision=revision, trust_remote_code=trust_remote_code)
+    except AdapterError as error:
+        raise AdapterError(f"{error}. {remedy}" if remedy else str(error)) from error
     except Exception as error:  # noqa: BLE001 - the engine's own loader says what is wrong
-        _logger.info("%s was not looked at before loading: %s", name, error)
-        return False
+        problem = f"{type(error).__name__}: {error}"
+    if problem:
+        _logger.info("%s was not checked for missing weights: %s", name, problem)
+    return not problem
+
+
+def _check(name: str, *, revision: str | None, trust_remote_code: bool) -> str:
+    """Refuse a checkpoint that is not whole, or say why it cannot be judged."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    folder = find_folder(name, revision)
+    stored = {} if folder is None else read_stored(folder, getattr(config, "transformers_weights", None))
     if folder is None or not stored:
-        return False
-    if _is_quantised(config, folder):
-        faults = faults_of_files(stored, names=(), is_quantised=True)
-        if faults:
-            raise refusal(name, faults)
-        return True
+        return "its files are not here"
+    is_quantised = _is_quantised(config, folder)
     report = LoadReport()
     try:
         with load_report(report):
-            model = _load_without_values(config, stored, report, trust_remote_code=trust_remote_code)
+            model = _load_without_values(
+                config, stored, report, trust_remote_code=trust_remote_code, is_quantised=is_quantised
+            )
     except Exception as error:
         if report.messages:
             raise refusal(name, report.messages) from error
-        _logger.info("%s was not looked at before loading, transformers cannot build it: %s", name, error)
-        return False
-    require_whole(name, model, report, stored, is_quantised=False)
-    return True
+        raise
+    if is_quantised:
+        report = report.without_quantised()
+    require_whole(name, model, report, stored, is_quantised=is_quantised)
+    return ""
 
 
 def find_folder(name: str, revision: str | None) -> Path | None:
@@ -150,7 +167,7 @@ def load_report(report: LoadReport) -> Iterator[None]:
 
 def _faults_of_report(text: str) -> Iterator[str]:
     """The rows of transformers' table that made it refuse."""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    plain = _SHAPES.sub(r"\1, not \2", _COLOURS.sub("", text))
     rows = [" ".join(line.replace("|", " ").split()) for line in plain.split("Notes:")[0].splitlines()]
     for kind, says in (
         ("MISMATCH", "weights of another shape than config.json says"),
@@ -159,7 +176,7 @@ def _faults_of_report(text: str) -> Iterator[str]:
         found = [row.replace(f" {kind} ", ": ").removesuffix(f" {kind}") for row in rows if f" {kind}" in row]
         if found:
             yield f"{says}: {list_names(found)}. Copy the checkpoint again, whole, with its own config.json"
-    unexpected = [row.split()[0] for row in rows if " UNEXPECTED" in row]
+    unexpected = [row.partition(" UNEXPECTED")[0] for row in rows if " UNEXPECTED" in row]
     scales = [name for name in unexpected if is_scale_like(name)]
     if scales:
         yield fault_of_scales(scales)
@@ -167,11 +184,7 @@ def _faults_of_report(text: str) -> Iterator[str]:
 
 def _is_quantised(config: Any, folder: Path) -> bool:
     text_config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    found = [
-        getattr(each, name, None)
-        for each in (config, text_config)
-        for name in ("quantization_config", "compression_config")
-    ]
+    found = [getattr(each, name, None) for each in (config, text_config) for name in _QUANTISATIONS]
     return any(found) or _modelopt_algorithm(folder) is not None
 
 
@@ -185,10 +198,15 @@ def _modelopt_algorithm(folder: Path) -> str | None:
 
 
 def _load_without_values(
-    config: Any, stored: Mapping[str, StoredTensor], report: LoadReport, *, trust_remote_code: bool
+    config: Any, stored: Mapping[str, StoredTensor], report: LoadReport, *, trust_remote_code: bool, is_quantised: bool
 ) -> Any:
     import torch
 
+    if is_quantised:
+        # As if it were not: what is packed has another name or shape then, and what is not must be there.
+        for each in (config, config.get_text_config(decoder=True)):
+            for name in _QUANTISATIONS:
+                vars(each).pop(name, None)
     tensors = {
         name: torch.empty(tensor.shape, dtype=getattr(torch, TORCH_DTYPES.get(tensor.dtype, "uint8")), device="meta")
         for name, tensor in stored.items()
@@ -199,7 +217,12 @@ def _load_without_values(
     with torch.device("meta"):
         model_class = type(chosen.from_config(config, trust_remote_code=trust_remote_code))
     model, info = model_class.from_pretrained(
-        None, config=config, state_dict=tensors, device_map={"": "meta"}, output_loading_info=True
+        None,
+        config=config,
+        state_dict=tensors,
+        device_map={"": "meta"},
+        ignore_mismatched_sizes=is_quantised,
+        output_loading_info=True,
     )
     report.add(info)
     return model

@@ -51,6 +51,17 @@ class LoadReport:
         self.mismatched |= {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
         self.messages += [str(message) for message in info.get("error_msgs", ())]
 
+    def without_quantised(self) -> LoadReport:
+        """What remains where quantised weights and their scales have names and shapes of their own."""
+        held = [re.split(r"(?<=\.experts\.)", name)[0] for name in self.unexpected if is_scale_like(name)]
+        stems = {name if name.endswith(".experts.") else name.rpartition(".")[0] for name in held}
+        missing = {
+            name
+            for name in self.missing
+            if name.removesuffix(".weight") not in stems and name.rpartition(".")[0] + "." not in stems
+        }
+        return LoadReport(missing=missing)
+
 
 def require_whole(
     name: str, model: Any, report: LoadReport, stored: Mapping[str, StoredTensor], *, is_quantised: bool

@@ -70,7 +70,7 @@ def looped(form: Callable[[torch.Tensor, torch.Tensor], Any] | None = None, **at
     model = tiny.build("llama")
     decoder = Loop(model.config)
     decoder.load_state_dict(model.model.state_dict())
-    vars(decoder).update(attributes)
+    decoder.__dict__.update(attributes)
     if form is not None:
         decoder.layers = torch.nn.ModuleList(Wrapped(layer, form) for layer in decoder.layers)
     model.model = decoder.eval()

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from eagle_target.options import PluginOptions
     from eagle_target.runner import TargetRunner
 
+# Formats of transformers' own files.
+_CHECKED_FORMATS = (None, "auto", "safetensors", "pt")
+
 
 class SGLangAdapter(Adapter):
     """Runs the models of SGLang that can capture layers."""
@@ -40,16 +43,44 @@ class SGLangAdapter(Adapter):
 
         Raises:
             ConfigError: options of another adapter, or an argument that the installed SGLang has not.
-            AdapterError: SGLang refused, a rank ended, or the self-check failed.
+            AdapterError: the checkpoint is not whole, SGLang refused, a rank ended, or the self-check failed.
         """
         # Layers can be changed before any forward: nothing of them is fixed at load.
         del aux_layer_ids
         if not isinstance(options, SGLangOptions):
             raise ConfigError(f"adapter 'sglang' takes SGLangOptions, got {type(options).__name__}")
+        is_checked = _is_checked(model, options)
         if options.runs_in_process:
             from eagle_target_sglang.loading import load_in_process
 
-            return load_in_process(model, options)
-        from eagle_target_sglang.isolated import load_isolated
+            runner: TargetRunner = load_in_process(model, options)
+        else:
+            from eagle_target_sglang.isolated import load_isolated
 
-        return load_isolated(model, options)
+            runner = load_isolated(model, options)
+        if not is_checked:
+            # Files of the Hub are here by now.
+            try:
+                _is_checked(model, options)
+            except BaseException:
+                runner.close()
+                raise
+        return runner
+
+
+def _is_checked(model: str, options: SGLangOptions) -> bool:
+    """Whether the checkpoint was found to be whole; False where it is not here yet.
+
+    Raises:
+        AdapterError: it is not whole.
+    """
+    if not options.self_check or options.load_format not in _CHECKED_FORMATS:
+        return True
+    from eagle_target.checkpoints.loading import check_checkpoint
+
+    return check_checkpoint(
+        model,
+        revision=options.revision,
+        trust_remote_code=options.trust_remote_code,
+        remedy="Set self_check=false if SGLang knows better",
+    )

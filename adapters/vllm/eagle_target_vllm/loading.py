@@ -14,6 +14,7 @@ from vllm.platforms import current_platform
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.executor import Executor
 
+from eagle_target.checkpoints.loading import check_checkpoint
 from eagle_target.errors import AdapterError, ConfigError
 from eagle_target.layers import validate_aux_layer_ids
 from eagle_target.options import nearest_name
@@ -46,6 +47,8 @@ _PASSED = (
     "revision",
     "hf_overrides",
 )
+# Formats of transformers' own files.
+_CHECKED_FORMATS = (None, "auto", "hf", "safetensors", "pt")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -74,8 +77,9 @@ def load_engine(model: str, options: VLLMOptions, aux_layer_ids: Sequence[int] |
 
     Raises:
         ConfigError: an engine argument that vLLM does not have. ContractError: layers that the target has not.
-        AdapterError: vLLM refused, with its message kept, or cannot capture this model.
+        AdapterError: vLLM refused, with its message kept, cannot capture this model, or its checkpoint is not whole.
     """
+    is_checked = _is_checked(model, options)
     inline = options.process == "inline"
     inline_worker = inline and options.tensor_parallel_size == 1
     if inline_worker and options.capture == "connector" and is_anything_running():
@@ -103,6 +107,9 @@ def load_engine(model: str, options: VLLMOptions, aux_layer_ids: Sequence[int] |
         try:
             facts = engine.collective_rpc("eagle_target", args=("start", options.capture))[0]
             _check_facts(model, facts)
+            if not is_checked:
+                # Files of the Hub are here by now.
+                _is_checked(model, options)
             weights = digest_after_loading(before, model, **known_by)
         except BaseException:
             end_engine(engine, inline=inline)
@@ -190,6 +197,22 @@ def _dtype(model_config: ModelConfig, options: VLLMOptions) -> Any:
         return options.dtype
     dtype = getattr(model_config.hf_text_config, "dtype", None)
     return "float32" if dtype in (torch.float32, "float32") else "auto"
+
+
+def _is_checked(model: str, options: VLLMOptions) -> bool:
+    """Whether the checkpoint was found to be whole; False where it is not here yet.
+
+    Raises:
+        AdapterError: it is not whole.
+    """
+    if not options.self_check or options.hf_overrides or options.load_format not in _CHECKED_FORMATS:
+        return True
+    return check_checkpoint(
+        model,
+        revision=options.revision,
+        trust_remote_code=options.trust_remote_code,
+        remedy="Set self_check=false if vLLM knows better",
+    )
 
 
 def _check_facts(model: str, facts: dict[str, Any]) -> None:

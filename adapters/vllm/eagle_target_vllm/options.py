@@ -59,6 +59,10 @@ class VLLMOptions(PluginOptions):
     enable_prefix_caching: bool | None = Field(
         default=None, description="Whether to reuse the KV cache of common prefixes; only with capture=connector."
     )
+    self_check: bool = Field(
+        default=True,
+        description="Compare names and shapes of the checkpoint's weights with transformers' model before loading.",
+    )
     trust_remote_code: bool = Field(default=False, description="Run model code that comes with the checkpoint.")
     revision: str | None = Field(default=None, description="Branch, tag or commit of a hub model.")
     hf_overrides: dict[str, Any] | None = Field(
