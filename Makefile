@@ -22,12 +22,12 @@ export UV_INDEX_STRATEGY := unsafe-best-match
 endif
 
 .PHONY: help env demo test test-core test-vllm test-sglang test-engines lint docs bench-wire bench-projection bench-transports \
-	bench-vllm bench-vllm-layouts bench-sglang bench-server bench-fingerprint soak fuzz faults clean
+	bench-vllm bench-vllm-layouts bench-sglang bench-server bench-fingerprint sweep-architectures soak fuzz faults clean
 
 help:
 	@sed -n 's/^# //p' Makefile
 	@echo "targets: env demo test test-core test-vllm test-sglang test-engines lint docs bench-wire bench-projection"
-	@echo "         bench-transports bench-vllm bench-vllm-layouts bench-sglang bench-server bench-fingerprint soak fuzz faults clean"
+	@echo "         bench-transports bench-vllm bench-vllm-layouts bench-sglang bench-server bench-fingerprint sweep-architectures soak fuzz faults clean"
 
 env: $(READY)
 
@@ -103,6 +103,9 @@ bench-server: $(READY)
 
 bench-fingerprint: $(READY)
 	$(BIN)/python -m benchmarks.fingerprint
+
+sweep-architectures: $(READY)
+	$(BIN)/python -m benchmarks.sweep_architectures --write
 
 soak: $(READY)
 	$(BIN)/python -m benchmarks.soak

@@ -1,6 +1,6 @@
 """Every causal and image-text class of the installed transformers, tiny, through the hf adapter.
 
-    python -m benchmarks.sweep_architectures [--only NAME ...] [--workers 2]      # or: make sweep-architectures
+    python -m benchmarks.sweep_architectures [--only NAME ...] [--write]      # or: make sweep-architectures
 
 Each class is built from its own config, saved, loaded by the adapter and run on ragged batches; layers, last hidden
 states and logits are compared with the model's own forward, a sequence at a time. A class has a process of its own,
@@ -13,12 +13,15 @@ from __future__ import annotations
 import argparse
 import logging
 import multiprocessing
+import re
 import resource
 import sys
 import tempfile
+import textwrap
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +40,13 @@ SECONDS = 180.0
 MEMORY_BYTES = 8 << 30
 LENGTHS = (5, 11, 1, 11, 9, 3, 20)
 TOLERANCE = 1e-3
+# In what a class says that wants more than token ids; others have a config here that does not fit.
+_FURTHER_INPUTS = re.compile(
+    r"pixel_values|patches|positional argument|inputs_embeds|encoder_outputs|Bbox|image_embeds"
+)
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "engines" / "hf.md"
+BEGIN, END = "<!-- architectures: begin -->", "<!-- architectures: end -->"
 OUTCOMES = ("equal", "refused", "wrong", "not built")
 
 
@@ -77,21 +87,28 @@ def examine(name: str, config_class: type[Any]) -> tuple[str, str]:
         require_states(model)
     except Exception as error:  # noqa: BLE001 - it needs more than token ids
         return examine_without_own(model, describe(error))
+    try:
+        runner, note = load(model)
+        runner.set_aux_layers(chosen_layers(runner))
+    except EagleTargetError as error:
+        return "refused", describe(error)
+    return compare(runner, model, note)
+
+
+def load(model: Any) -> tuple[HFTargetRunner, str]:
+    """The model through a folder; as it is, with a note why, where transformers cannot load what it has saved.
+
+    Raises:
+        AdapterError: the adapter refuses it.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        note = ""
         try:
-            try:
-                model.save_pretrained(folder)
-                runner = HFAdapter.load(folder, HFOptions(device="cpu", dtype="float32"))
-            except EagleTargetError:
-                raise
-            except Exception as error:  # noqa: BLE001 - classes that transformers cannot save
-                note = f" (not saved: {describe(error)})"
-                runner = HFTargetRunner(model)
-            runner.set_aux_layers(chosen_layers(runner))
-        except EagleTargetError as error:
-            return "refused", describe(error)
-        return compare(runner, model, note)
+            model.save_pretrained(folder)
+            saved = type(model).from_pretrained(folder)
+        except Exception as error:  # noqa: BLE001 - then nobody can load it
+            return HFTargetRunner(model), f" (handed over as a module: {describe(error)})"
+        del saved
+        return HFAdapter.load(folder, HFOptions(device="cpu", dtype="float32")), ""
 
 
 def examine_without_own(model: Any, reason: str) -> tuple[str, str]:
@@ -99,7 +116,8 @@ def examine_without_own(model: Any, reason: str) -> tuple[str, str]:
     try:
         HFTargetRunner(model)
     except EagleTargetError as error:
-        return "refused", describe(error)
+        if reason.partition(": ")[2] not in str(error) or _FURTHER_INPUTS.search(reason):
+            return "refused", describe(error)
     return "not built", f"its own forward: {reason}"
 
 
@@ -207,23 +225,41 @@ def examine_apart(name: str, kind: str, config_class: type[Any]) -> Outcome:
     return Outcome(name, kind, outcome, note)
 
 
+def write_page(outcomes: list[Outcome]) -> None:
+    """Put what came out between the marks of the page."""
+    lines = [f"transformers {transformers.__version__}, {len(outcomes)} classes.", ""]
+    for outcome in reversed(OUTCOMES):
+        found = [each for each in outcomes if each.outcome == outcome]
+        lines += [f"#### {outcome.capitalize()}: {len(found)}", ""]
+        if outcome == "equal":
+            names = [f"{each.name}{' (as a module)' if 'as a module' in each.note else ''}" for each in found]
+            lines += [*textwrap.wrap(", ".join(names), 120), ""]
+        elif found:
+            lines += ["| class | |", "|---|---|", *(f"| {each.name} | {_cell(each.note)} |" for each in found), ""]
+    text = PAGE.read_text(encoding="utf-8")
+    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
+    PAGE.write_text(f"{before}{BEGIN}\n\n" + "\n".join(lines) + f"\n{END}{after}", encoding="utf-8")
+
+
+def _cell(note: str) -> str:
+    # In backticks: what is in brackets is no link.
+    return "`" + note.removeprefix("AdapterError: ").replace("`", "'").replace("|", "\\|")[:200] + "`"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--markdown", action="store_true", help="print the table of docs/engines/hf.md")
+    parser.add_argument("--write", action="store_true", help=f"put the outcomes into {PAGE.relative_to(ROOT)}")
     options = parser.parse_args()
     wanted = {name: entry for name, entry in architectures().items() if not options.only or name in options.only}
     with ThreadPoolExecutor(options.workers) as pool:
         outcomes = list(pool.map(lambda item: examine_apart(item[0], *item[1]), wanted.items()))
     outcomes.sort(key=lambda outcome: (-OUTCOMES.index(outcome.outcome), outcome.name))
     rows = [[each.name, each.kind, each.outcome, each.note] for each in outcomes]
-    if options.markdown:
-        print("| class | kind | | |\n|---|---|---|---|")
-        for row in rows:
-            print("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
-    else:
-        print_table(f"transformers {transformers.__version__}", ["class", "kind", "outcome", "note"], rows)
+    print_table(f"transformers {transformers.__version__}", ["class", "kind", "outcome", "note"], rows)
+    if options.write:
+        write_page(outcomes)
     counts = {name: sum(each.outcome == name for each in outcomes) for name in OUTCOMES}
     print_result({"transformers": transformers.__version__, "classes": len(outcomes), **counts})
     sys.exit(1 if counts["wrong"] else 0)

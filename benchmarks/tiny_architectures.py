@@ -19,6 +19,7 @@ _VALUES: dict[int, tuple[str, ...]] = {
         "n_layers",
         "num_layers",
         "depth",
+        "num_blocks",
         "encoder_layers",
         "decoder_layers",
         "num_decoder_layers",
@@ -159,30 +160,57 @@ _IMAGE = ("image_size", "img_size", "input_size", "max_image_size")
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 _SAME_HEADS = {"num_key_value_heads": _HEADS}
 
-# What a class needs besides.
+_MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 1, 1]}}
+_HALF_MROPE = {"rope_parameters": {**_MROPE["rope_parameters"], "mrope_section": [1, 1, 0]}}
+_DYNAMIC = {"rope_parameters": _ROPE, "head_dim": 8}
+
+# What a model needs besides, by `model_type`.
 CHANGES: dict[str, dict[str, Any]] = {
-    "Cosmos3EdgeTextConfig": {"head_dim": 8},
-    "Emu3TextConfig": {"pad_token_id": 0},
-    "HunYuanDenseV1Config": {"rope_parameters": _ROPE},
-    "HunYuanMoEV1Config": {"rope_parameters": _ROPE},
-    "HunYuanVLTextConfig": {"rope_parameters": _ROPE},
-    "Llama4TextConfig": {"pad_token_id": 0},
-    "Mamba2Config": {"num_heads": 8, "head_dim": 8, "expand": 2},
-    "MinistralConfig": {"rope_parameters": _ROPE, "head_dim": 8},
-    "Mistral4Config": {**_SAME_HEADS, "rope_parameters": _ROPE},
-    "NemotronConfig": {**_SAME_HEADS, "head_dim": 8},
-    "ReformerConfig": {"is_decoder": True},
-    "XLNetConfig": {"d_head": 8},
-    "XmodConfig": {"default_language": "en_XX"},
+    "deepseek_v2": {"topk_group": 1, "n_group": 1, "num_experts_per_tok": 2, "n_routed_experts": 4},
+    "dots1": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 16,
+    },
+    "emu3_text_model": {"pad_token_id": 0},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 2},
+    "gemma3n_text": {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention", "full_attention"],
+        "activation_sparsity_pattern": [0.0] * LAYERS,
+        "intermediate_size": [48] * LAYERS,
+    },
+    # With few heads many scores are exactly 0, and which of them are chosen depends on the shape of the batch.
+    "glm_moe_dsa": {"index_n_heads": 16},
+    "deepseek_v32": {"index_n_heads": 16},
+    "glm4v_text": _MROPE,
+    "glm_ocr_text": _MROPE,
+    "glm4v_moe_text": _HALF_MROPE,
+    "hunyuan_v1_dense": _DYNAMIC,
+    "hunyuan_v1_moe": {**_DYNAMIC, "num_experts": 4, "moe_topk": 2},
+    "hunyuan_vl_text": _DYNAMIC,
+    "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2 + ["linear_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention", "conv"]},
+    "llama4_text": {"pad_token_id": 0},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "expand": 2},
+    "ministral": _DYNAMIC,
+    "nemotron": {**_SAME_HEADS, "head_dim": 8},
+    "paddleocr_vl_text": _MROPE,
+    "qwen2_vl_text": _MROPE,
+    "qwen2_5_vl_text": _MROPE,
+    "qwen2_5_omni_text": _MROPE,
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "xlnet": {"d_head": 8},
+    "xmod": {"default_language": "en_XX"},
 }
 
 
 def tiny_config(config_class: type[Any]) -> Any:
     """A config of the class with small sizes, also in the configs inside it."""
     config = config_class()
-    values = _shrink(config.to_dict())
-    values |= CHANGES.get(config_class.__name__, {})
-    return config_class.from_dict(values)
+    return config_class.from_dict(_shrink(config.to_dict()))
 
 
 def tiny_model(model_class: type[Any], config: Any) -> Any:
@@ -209,14 +237,17 @@ def _shrink(values: dict[str, Any]) -> dict[str, Any]:
             small[name] = 2 * patch
     if "kv_lora_rank" in values:
         small |= _SAME_HEADS
+    for name, value in CHANGES.get(str(values.get("model_type")), {}).items():
+        kept = small.get(name)
+        small[name] = {**kept, **value} if isinstance(kept, dict) and isinstance(value, dict) else value
     return small
 
 
 def _shrink_value(name: str, value: Any, depths: set[int]) -> Any:
     if isinstance(value, dict):
-        if value and all(str(key).isdigit() for key in value):
-            # By layer.
-            return {key: entry for key, entry in value.items() if int(key) < LAYERS} or None
+        if value and name == "per_layer_config":
+            # By number: the layers of another kind are among the last here.
+            return {LAYERS - 1: _shrink(next(iter(value.values())))}
         return _shrink(value)
     if isinstance(value, bool) or value is None:
         return value

@@ -75,7 +75,11 @@ def states_of(output: Any) -> Any:
 def _slot_rows(module: torch.nn.Module, output: Any, batch: PlannedBatch, width: int) -> torch.Tensor:
     tensor = states_of(output)
     slots = batch.rows * batch.width
-    if not isinstance(tensor, torch.Tensor) or tensor.shape[-1] != width or tensor.numel() != slots * width:
+    # Not by the number of elements: some architectures have the tokens first and the rows second.
+    if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) not in (
+        (batch.rows, batch.width, width),
+        (slots, width),
+    ):
         shape = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
         raise AdapterError(
             f"{type(module).__name__} returned {shape}, expected {[batch.rows, batch.width, width]}: "

@@ -116,7 +116,7 @@ def _copy(value: Any) -> Any:
 
 def _rows(value: Any, shape: tuple[int, int]) -> torch.Tensor | None:
     """`[tokens, hidden]`, if that is what it is."""
-    if not isinstance(value, torch.Tensor) or value.shape[-1:] != shape[1:] or value.numel() != shape[0] * shape[1]:
+    if not isinstance(value, torch.Tensor) or tuple(value.shape) not in (shape, (1, *shape)):
         return None
     return value.reshape(shape)
 

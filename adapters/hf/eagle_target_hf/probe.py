@@ -80,7 +80,8 @@ def prove(architecture: Architecture) -> Proven:
     obstacles = find_obstacles(execution, ids)
     if len(obstacles) == len(architecture.layers):
         raise AdapterError(f"{architecture.name}: {obstacles[0]}")
-    execution = replace(execution, layout=_choose_layout(execution, ids))
+    captured = [layer for layer in range(len(architecture.layers)) if layer not in obstacles]
+    execution = replace(execution, layout=_choose_layout(execution, ids, captured))
     form = None if head is None else _find_draft_form(architecture, head, hidden, own)
     return Proven(execution=execution, head=head, draft_form=form, obstacles=obstacles)
 
@@ -119,20 +120,20 @@ def _find_decoder(
     return *usable[0], None
 
 
-def _choose_layout(execution: Execution, ids: torch.Tensor) -> Layout:
+def _choose_layout(execution: Execution, ids: torch.Tensor, layers: list[int]) -> Layout:
     """Return the cheapest layout in which a short sequence beside a long one gives what it gives alone."""
     lengths = (_SHORT_TOKENS, len(ids))
     request = torch.cat([ids[:_SHORT_TOKENS], ids])
-    alone = _last_hidden(execution, request, lengths)
+    alone = _states(execution, request, lengths, layers)
     layouts: list[Layout] = ["packed"] if execution.architecture.is_flash else []
     layouts += ["padded", "masked"]
     for layout in layouts:
         try:
-            shared = _last_hidden(replace(execution, layout=layout), request, lengths)
+            shared = _states(replace(execution, layout=layout), request, lengths, layers)
         except Exception as error:  # noqa: BLE001 - a layout that the model refuses is one it does not support
             _logger.info("%s does not run with layout %s: %s", execution.architecture.name, layout, error)
             continue
-        if is_same_direction(shared, alone):
+        if all(is_same_direction(given, expected) for given, expected in zip(shared, alone, strict=True)):
             return layout
         _logger.info("%s gives other hidden states with layout %s", execution.architecture.name, layout)
     _logger.warning(
@@ -143,9 +144,13 @@ def _choose_layout(execution: Execution, ids: torch.Tensor) -> Layout:
     return "equal"
 
 
-def _last_hidden(execution: Execution, ids: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
+def _states(
+    execution: Execution, ids: torch.Tensor, lengths: tuple[int, ...], layers: list[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states of the layers, and the last ones."""
     batches = plan_batches(lengths, layout=execution.layout, max_batch_tokens=2 * len(ids))
-    return run_batches(execution, ids, batches, aux_layer_ids=()).last_hidden_states
+    forward = run_batches(execution, ids, batches, aux_layer_ids=layers)
+    return forward.aux_hidden_states, forward.last_hidden_states
 
 
 def _find_draft_form(

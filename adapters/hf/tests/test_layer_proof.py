@@ -110,9 +110,14 @@ def test_hidden_states_are_captured_in_whatever_form_a_layer_returns_them(
         (lambda hidden, entered: (hidden - entered, entered), {}, "the final norm takes"),
         (lambda hidden, _: hidden, {"scale": 0.5}, "the model goes on with"),
         (lambda hidden, _: ({}, hidden, None), {"taken": 1}, r"returns dict, expected \[1, 8, 32\]"),
+        (
+            lambda hidden, _: (hidden.transpose(0, 1), hidden, None),
+            {"taken": 1},
+            r"returns \[8, 1, 32\], expected \[1, 8, 32\]",
+        ),
         (lambda hidden, _: (hidden.mean(1), hidden, None), {"taken": 1}, r"returns \[1, 32\], expected \[1, 8, 32\]"),
     ],
-    ids=["a part and the rest", "scaled outside", "nothing first", "another shape first"],
+    ids=["a part and the rest", "scaled outside", "nothing first", "tokens before rows", "another shape first"],
 )
 def test_what_is_not_the_hidden_states_is_refused_at_load(
     form: Callable[[torch.Tensor, torch.Tensor], Any], attributes: dict[str, Any], says: str

@@ -69,7 +69,8 @@ def _compare(what: str, given: torch.Tensor, expected: torch.Tensor, tolerance: 
         raise AdapterError(
             f"{engine_versions()} computes {model} wrongly: {what} of a random prompt differs from transformers by "
             f"{difference:.1e} of its norm, {tolerance:.0e} is allowed. Install the transformers that this SGLang pins "
-            "(pip show sglang), or set self_check=false if you know better"
+            "(pip show sglang), see whether --engine hf finds the checkpoint whole, or set self_check=false if you "
+            "know better"
         )
 
 
