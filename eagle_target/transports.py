@@ -56,10 +56,12 @@ class IncomingBody(Protocol):
 class ControlPlane(Protocol):
     """How the client's end of one channel talks to the server's.
 
-    address: host the server was reached at. device, target_device: where batches go, and where the target runs.
+    address: host the server was reached at. is_private: nobody else can read or change what is said: it goes over TLS.
+    device, target_device: where batches go, and where the target runs.
     """
 
     address: str
+    is_private: bool
     device: str
     target_device: str
 
@@ -121,8 +123,12 @@ class ServerEndpoint(ABC):
         """What the handshake tells every client about this transport: plain JSON data."""
 
     @abstractmethod
-    def accept(self, hello: Mapping[str, Any]) -> tuple[ServerChannel, dict[str, Any]]:
+    def accept(self, hello: Mapping[str, Any], *, reached_at: str) -> tuple[ServerChannel, dict[str, Any]]:
         """Accept a client and return its channel and the answer to it.
+
+        Args:
+            hello: what the client says. reached_at: address of this machine at which its HTTP connection came in, the
+                only one where a transport may listen for it unasked; empty for what a connectionless one shares.
 
         Raises:
             ConnectError: this client cannot use the transport, with the reason.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
-from eagle_target_nccl.groups import PairGroup
+from eagle_target_nccl.groups import TcpGroup
 
 from benchmarks.fault_sides.tally import Tally, client
 from eagle_target.client.staging import StagedSink
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
 MOMENTS = ("before", "during", "after")
+PROOF_BYTES = 64
 
 
 @contextlib.contextmanager
@@ -30,13 +31,14 @@ def in_a_transfer(transport: str, action: Callable[[], object]) -> Iterator[None
         if left:
             left.pop()()
 
-    receive = PairGroup._receive  # noqa: SLF001 - there is no public place between two messages
+    read = TcpGroup._read  # noqa: SLF001 - there is no public place between two pieces
     allocate, put = StagedSink.allocate, StagedSink.put
 
-    def receive_message(self: PairGroup, message: torch.Tensor, number: int, kind: int) -> Any:
-        if number:
+    def read_piece(self: TcpGroup, piece: memoryview) -> int:
+        # What is smaller belongs to the proofs of the two ends.
+        if len(piece) > PROOF_BYTES:
             act()
-        return receive(self, message, number, kind)
+        return read(self, piece)
 
     def allocate_tensor(self: StagedSink, *arguments: Any) -> Any:
         act()
@@ -48,7 +50,7 @@ def in_a_transfer(transport: str, action: Callable[[], object]) -> Iterator[None
 
     with contextlib.ExitStack() as patches:
         if transport == "nccl":
-            patches.enter_context(mock.patch.object(PairGroup, "_receive", receive_message))
+            patches.enter_context(mock.patch.object(TcpGroup, "_read", read_piece))
         else:
             patches.enter_context(mock.patch.object(StagedSink, "allocate", allocate_tensor))
             patches.enter_context(mock.patch.object(StagedSink, "put", put_tensor))

@@ -34,7 +34,9 @@ class ChannelControl:
     def __init__(self, connection: ServerConnection, transport: str, *, device: str, target_device: str) -> None:
         self._connection = connection
         self.transport = transport
-        self.address = urlsplit(connection.url).hostname or ""
+        parts = urlsplit(connection.url)
+        self.address = parts.hostname or ""
+        self.is_private = parts.scheme == "https"
         self.device = device
         self.target_device = target_device
         self.channel_id: str | None = None

@@ -23,6 +23,7 @@ from eagle_target.server import metrics
 from eagle_target.server.bodies import CheckedJson, TensorResponse, checksum_headers, read_body
 from eagle_target.server.client_routes import client_routes
 from eagle_target.server.limits import check_size, read_mapping_body
+from eagle_target.server.presence import own_address_of
 from eagle_target.server.problems import (
     CLIENT_GONE,
     EXCHANGE,
@@ -186,7 +187,8 @@ class TargetApp:
         """Open a channel on a transport."""
         body = await read_body(request, limit=MAX_HELLO_BYTES, timeout=self.config.body_timeout)
         hello = protocol.read_json_object(bytes(body) or b"{}", "the channel's hello")
-        channel, answer = await run_in_threadpool(self.channels.open, request.path_params["name"], hello)
+        opening = partial(self.channels.open, request.path_params["name"], hello)
+        channel, answer = await run_in_threadpool(opening, reached_at=own_address_of(request.scope))
         return CheckedJson({**answer, "channel": channel}, status_code=201)
 
     async def renew_channel(self, request: Request) -> Response:

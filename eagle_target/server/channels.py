@@ -74,7 +74,7 @@ class Channels:
             endpoint = transport.listen(checked)
             self._endpoints[transport.name] = endpoint
             if transport.connectionless:
-                self._shared[transport.name], _ = endpoint.accept({})
+                self._shared[transport.name], _ = endpoint.accept({}, reached_at="")
         unknown = {*options} - {*self._endpoints}
         if unknown:
             raise ConfigError(f"transport_options for {sorted(unknown)}, but offered are {sorted(self._endpoints)}")
@@ -93,8 +93,11 @@ class Channels:
         """What each transport tells every client."""
         return {name: endpoint.offer() for name, endpoint in self._endpoints.items()}
 
-    def open(self, name: str, hello: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    def open(self, name: str, hello: Mapping[str, Any], *, reached_at: str) -> tuple[str, dict[str, Any]]:
         """Accept a client on a transport; returns the channel's id and the transport's answer, with the lease in it.
+
+        Args:
+            reached_at: address of this machine at which the client's connection came in.
 
         Raises:
             ServerError: the transport is not offered, or too many channels are open.
@@ -115,7 +118,7 @@ class Channels:
             self._opening += 1
         channel_id = secrets.token_urlsafe(16)
         try:
-            channel, answer = endpoint.accept(hello)
+            channel, answer = endpoint.accept(hello, reached_at=reached_at)
             with self._lock:
                 self._open[channel_id] = OpenChannel(name, channel, time.monotonic())
                 self._start_watch()

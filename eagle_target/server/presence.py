@@ -191,6 +191,11 @@ def address_of(scope: Scope) -> str:
     return scope["client"][0] if scope.get("client") else ""
 
 
+def own_address_of(scope: Scope) -> str:
+    """The address of this machine that a request's connection came in at."""
+    return scope["server"][0] if scope.get("server") else ""
+
+
 def header_of(scope: Scope, name: str) -> str:
     """A request's header; empty where it has none."""
     wanted = name.lower().encode()

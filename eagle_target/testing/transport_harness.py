@@ -129,13 +129,15 @@ class MemoryControl:
 
     endpoint: ServerEndpoint
     address: str = "127.0.0.1"
+    reached_at: str = "127.0.0.1"
+    is_private: bool = False
     device: str = "cpu"
     target_device: str = "cpu"
     accepted: list[ServerChannel] = field(default_factory=list)
 
     def open_channel(self, hello: Mapping[str, Any]) -> Mapping[str, Any]:
         """Have the endpoint accept."""
-        channel, answer = self.endpoint.accept(_through_json(hello))
+        channel, answer = self.endpoint.accept(_through_json(hello), reached_at=self.reached_at)
         self.accepted.append(channel)
         return _through_json(answer)
 

@@ -443,7 +443,7 @@ def test_a_channel_that_could_not_be_opened_again_is_opened_later() -> None:
         with remote(forgetful.url, transport="inprocess", max_retries=0) as target:
             (channel,) = forgetful._channels._open
             forgetful._channels.close_channel("inprocess", channel)
-            taken, _ = forgetful._channels.open("wire", {})
+            taken, _ = forgetful._channels.open("wire", {}, reached_at="127.0.0.1")
             for _ in range(2):
                 with pytest.raises(Unavailable, match="1 channels are open, this server holds 1"):
                     target.generate_batch(**rows_of())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import psutil
 import pytest
 import torch
-from eagle_target_nccl.groups import PairGroup
+from eagle_target_nccl.groups import TcpGroup
 
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from tests.faults.processes import ROWS, PausedTrainer, ServerUnderFault, take_batch
@@ -24,10 +24,9 @@ if TYPE_CHECKING:
 SOON_SECONDS = 30.0
 # Less than one answer in each of 20 rounds.
 SLACK_BYTES = 150 << 20
-# Of the 5 messages that carry one batch.
-HALF_WAY = 2
-# The store's, of the server with itself.
-KEPT_CONNECTIONS = 2
+# More than the two ends prove to each other before the first batch, and so early in its 10 MB that what is left is more
+# than the sockets of both ends hold.
+MIDST = 1 << 16
 # The system call that takes a file of another process; Python has no function for it.
 PIDFD_GETFD = 438
 # That HTTP may have started for several clients at a time; fewer than a leak in each of 20 rounds would leave.
@@ -41,25 +40,27 @@ def client(*urls: str, **options: Any) -> RemoteEagle3TargetModel:
 
 
 @contextlib.contextmanager
-def halfway(action: Callable[[], object], *, after: int = HALF_WAY) -> Iterator[None]:
-    """Do something once, when half (or `after`) of the messages this process receives next are asked for."""
-    receive, asked = PairGroup._receive, iter(range(1 << 30))
+def in_the_midst(action: Callable[[], object]) -> Iterator[None]:
+    """Do something once, in the midst of the next batch that this process receives."""
+    read, received, actions = TcpGroup._read, 0, [action]
 
-    def count(self: PairGroup, message: torch.Tensor, number: int, kind: int) -> Any:
-        # Transfer 0 is a greeting; a server of this process receives nothing else.
-        if number and next(asked) == after:
-            action()
-        return receive(self, message, number, kind)
+    def read_piece(self: TcpGroup, piece: memoryview) -> int:
+        nonlocal received
+        if received >= MIDST and actions:
+            actions.pop()()
+        count = read(self, piece)
+        received += count
+        return count
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PairGroup, "_receive", count)
+        patch.setattr(TcpGroup, "_read", read_piece)
         yield
 
 
 def _train(url: str, moment: str, parent: Connection) -> None:
     torch.set_num_threads(1)
     with client(url) as target:
-        take_batch(target, moment, parent, halfway)
+        take_batch(target, moment, parent, in_the_midst)
 
 
 def trainer_at(moment: str, url: str) -> PausedTrainer:
@@ -76,7 +77,7 @@ class Footprint:
         for _ in range(3):
             with client(server.url) as target:
                 target.generate_batch(**ROWS)
-        wait_until(lambda: server.connections() == KEPT_CONNECTIONS, "the end of earlier connections")
+        wait_until(lambda: server.connections() == 0, "the end of earlier connections")
         self._before = self._now()
         self._rss = server.rss()
 
@@ -103,7 +104,7 @@ def group_connections(*other_ports: int) -> set[int]:
 def cut(fd: int, how: Literal["reset", "close"], server: ServerUnderFault) -> None:
     """Cut a connection of this process with a server, under the library that owns it: reset by the server, or closed.
 
-    A proxy is not to be had in between: a group's ends tell each other in their store where they listen.
+    A proxy in between would have to know the port, which a client is told for each group.
     """
     with socket.socket(fileno=os.dup(fd)) as connection:
         if how == "close":

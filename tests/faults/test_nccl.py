@@ -1,4 +1,4 @@
-"""Both ends of transport `nccl`, over gloo: killed, stopped and cut off, twenty times each."""
+"""Both ends of transport `nccl`, over TCP: killed, stopped and cut off, twenty times each."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from eagle_target.colocated import RunnerEagle3TargetModel
 from eagle_target.errors import ConnectError, TransferTimeout, TransportError
 from eagle_target.testing.tiny import EmbeddingRunner
 from tests.client.batches import assert_same_batch
-from tests.faults.nccl_ends import Footprint, client, cut, group_connections, halfway, trainer_at
-from tests.faults.processes import LARGE, ROWS, ServerUnderFault, faulty_server, free_port, total_of
+from tests.faults.nccl_ends import Footprint, client, cut, group_connections, in_the_midst, trainer_at
+from tests.faults.processes import LARGE, ROWS, ServerUnderFault, faulty_server, total_of
 from tests.server.cases import wait_until
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 ROUNDS = 20
 DEADLINE_SECONDS = 1.0
-MEETING_PORT = free_port()
 
 
 def settings(**options: Any) -> dict[str, Any]:
@@ -40,7 +39,7 @@ def settings(**options: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerUnderFault]:
-    with faulty_server(LARGE, **settings(port=MEETING_PORT)) as running:
+    with faulty_server(LARGE, **settings()) as running:
         yield running
 
 
@@ -103,10 +102,10 @@ def test_servers_that_are_killed_in_the_middle_of_a_transfer(
 ) -> None:
     with faulty_server(LARGE, **settings()) as victim, client(victim.url, max_retries=0) as alone:
         for _ in range(ROUNDS):
-            with halfway(victim.kill), pytest.raises(ConnectError):
+            with in_the_midst(victim.kill), pytest.raises(ConnectError):
                 alone.generate_batch(**ROWS)
             victim.start()
-            with client(victim.url, server.url) as both, halfway(victim.kill):
+            with client(victim.url, server.url) as both, in_the_midst(victim.kill):
                 for _ in range(2):
                     assert_same_batch(both.generate_batch(**ROWS), expected)
             victim.start()
@@ -117,8 +116,7 @@ def test_a_server_that_stops_in_the_middle_of_a_transfer_is_a_timeout(expected: 
     with faulty_server(LARGE, **settings()) as frozen, client(frozen.url, max_retries=0, timeout=1.5) as target:
         process = psutil.Process(frozen.process.pid)
         for _ in range(3):
-            # Early: what is left must be more than the sockets of both ends hold.
-            with halfway(process.suspend, after=1), pytest.raises(TransferTimeout):
+            with in_the_midst(process.suspend), pytest.raises(TransferTimeout):
                 target.generate_batch(**ROWS)
             process.resume()
             wait_until(lambda: recovers(target, expected), "a batch of the server that goes on")
@@ -140,15 +138,15 @@ def test_a_connection_that_is_cut_in_the_middle_of_a_transfer(
 ) -> None:
     footprint = Footprint(server)
     with client(server.url) as bystander:
-        others = group_connections(server.port, MEETING_PORT)
+        others = group_connections(server.port)
         with client(server.url) as target:
             for _ in range(ROUNDS):
 
                 def cut_this() -> None:
-                    (connection,) = group_connections(server.port, MEETING_PORT) - others
+                    (connection,) = group_connections(server.port) - others
                     cut(connection, how, server)
 
-                with halfway(cut_this):
+                with in_the_midst(cut_this):
                     assert_same_batch(target.generate_batch(**ROWS), expected)
                 assert_same_batch(bystander.generate_batch(**ROWS), expected)
             assert target.model_info()["traffic"]["retries"] == 0

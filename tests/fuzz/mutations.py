@@ -33,7 +33,7 @@ def json_values() -> st.SearchStrategy[Any]:
         | st.integers(-2, 5)
         | st.sampled_from([1 << 31, 1 << 62, 1 << 63, -(1 << 63), 1 << 200, 1e308, -0.0, 0.5])
         | st.text(max_size=12)
-        | st.sampled_from(["cuda:0", "cpu", "::1", "127.0.0.1", "0.0.0.0", "gloo", "F32", "00" * 16])
+        | st.sampled_from(["cuda:0", "cpu", "::1", "127.0.0.1", "0.0.0.0", "tcp", "F32", "00" * 16])
     )
     return st.recursive(
         leaves, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)

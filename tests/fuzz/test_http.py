@@ -42,7 +42,7 @@ def whole(method: str, path: str, body: bytes, headers: str = "") -> bytes:
 def requests() -> list[bytes]:
     mapping = b"".join(protocol.encode_mapping(mapping_of()))
     body = body_of(request_of([3, 5]))
-    hello = json.dumps({"backend": "gloo", "address": "127.0.0.1"}).encode()
+    hello = json.dumps({"backend": "tcp", "target_device": "cpu", "digest": "xxh3_128"}).encode()
     extra = "Eagle-Target-Checksum: xxh3_64\r\nEagle-Target-Client: c\r\nEagle-Target-Transport: wire\r\n"
     return [
         whole("POST", protocol.SUPERVISION, body, extra),

@@ -49,7 +49,7 @@ TICKET = bytes(
 NCCL_TICKET = encode_ticket("t1", TENSORS, {"x": "y"})
 # All that a channel's two ends say to each other, but for `pull`, which needs a transfer.
 HELLOS: dict[str, dict[str, Any]] = {
-    "nccl": {"backend": "gloo", "address": "127.0.0.1", "target_device": "cpu", "gpu": None},
+    "nccl": {"backend": "tcp", "target_device": "cpu", "digest": "xxh3_128", "gpu": None},
     "shm": {**this_host(), "device": "cpu"},
     "inprocess": {"process": "1-2"},
     "wire": {},

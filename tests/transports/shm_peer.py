@@ -47,7 +47,7 @@ def _answer(
     if command == "offer":
         return endpoint.offer()
     if command == "accept":
-        channel, answer = endpoint.accept(argument)
+        channel, answer = endpoint.accept(argument, reached_at="127.0.0.1")
         assert isinstance(channel, ShmServerChannel)
         channels.append(channel)
         return answer
@@ -72,6 +72,7 @@ class Peer:
         self.process.start()
         there.close()
         self.address = "127.0.0.1"
+        self.is_private = False
         self.device = self.target_device = device
 
     def ask(self, command: str, argument: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""The nccl transport passes the suite that every transport passes: over gloo, and over NCCL on two GPUs."""
+"""The nccl transport passes the suite that every transport passes: over TCP, and over NCCL on two GPUs."""
 
 from __future__ import annotations
 

@@ -8,12 +8,14 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 import torch
-from eagle_target_nccl.groups import PairGroup
+from eagle_target_nccl.gate import NAME_BYTES
+from eagle_target_nccl.groups import TcpGroup
 from eagle_target_nccl.layout import Staging, cut_bytes, group_sizes
+from eagle_target_nccl.proofs import KEY_BYTES
 from eagle_target_nccl.transport import NcclTransport
 
 from eagle_target.client.remote import RemoteEagle3TargetModel
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 SENDERS = "eagle-target-nccl"
 # An address of documentation (RFC 5737), which no machine has.
 FOREIGN_ADDRESS = "192.0.2.1"
+HELLO = {"backend": "tcp", "target_device": "cpu", "digest": "xxh3_128", "gpu": None}
 
 
 def senders() -> int:
@@ -74,6 +77,12 @@ def connected(url: str, transport: str = "nccl", **options: Any) -> Iterator[Rem
         yield target
 
 
+def is_open(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+        return True
+    return False
+
+
 def transport_of(target: RemoteEagle3TargetModel) -> str:
     return str(target.model_info()["servers"][0]["transport"])
 
@@ -82,11 +91,25 @@ def large() -> dict[str, torch.Tensor]:
     return {"large": torch.arange(8 << 20, dtype=torch.int32)}
 
 
-class StrayingControl(MemoryControl):
-    """A server that sends its client to another meeting than its own."""
+class LyingControl(MemoryControl):
+    """A server that tells its client something else than it knows."""
+
+    lie: ClassVar[dict[str, Any]] = {}
 
     def tell(self, message: Mapping[str, Any], *, timeout: float | None = None) -> Mapping[str, Any]:
-        return {**super().tell(message, timeout=timeout), "prefix": "elsewhere"}
+        return {**super().tell(message, timeout=timeout), **self.lie}
+
+
+class StrayingControl(LyingControl):
+    """It names another client to its gate."""
+
+    lie: ClassVar[dict[str, Any]] = {"name": "00" * NAME_BYTES}
+
+
+class StrangeControl(LyingControl):
+    """It gives the key of another group."""
+
+    lie: ClassVar[dict[str, Any]] = {"key": "00" * KEY_BYTES}
 
 
 class ClosingControl(MemoryControl):
@@ -123,19 +146,23 @@ def test_many_clients_have_a_group_each() -> None:
     assert senders() == 0
 
 
-def test_one_port_serves_all_clients() -> None:
+def test_one_port_serves_all_clients_and_is_open_only_while_one_is_expected() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     answers = []
     with listening(port=port, connect_timeout=0.3) as endpoint:
         for _ in range(2):
-            channel, _ = endpoint.accept({"backend": "gloo", "address": "127.0.0.1"})
+            channel, _ = endpoint.accept(HELLO, reached_at="127.0.0.1")
+            assert not is_open(port)
             answers.append(channel.answer({"join": True}))
+            assert is_open(port)
             with pytest.raises(TransportError, match="already"):
                 channel.answer({"join": True})
             channel.close()
-    assert [(answer["host"], answer["port"]) for answer in answers] == [("127.0.0.1", port)] * 2
-    assert answers[0]["prefix"] != answers[1]["prefix"]
+            assert not is_open(port)
+    assert [answer["port"] for answer in answers] == [port] * 2
+    assert answers[0]["name"] != answers[1]["name"]
+    assert answers[0]["key"] != answers[1]["key"]
 
 
 def test_a_group_that_carries_nothing_is_released_and_the_next_batch_opens_another() -> None:
@@ -154,16 +181,16 @@ def test_a_group_that_carries_nothing_is_released_and_the_next_batch_opens_anoth
 def test_a_list_steps_down_once_and_comes_back(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pull = PairGroup.pull
+    pull = TcpGroup.pull
 
-    def break_once(self: PairGroup, *arguments: Any) -> None:
+    def break_once(self: TcpGroup, *arguments: Any) -> None:
         monkeypatch.undo()
         self.abort()
         pull(self, *arguments)
 
     with loopback_server(transports=("nccl", "wire")) as server, connected(server.url, "nccl,wire") as target:
         assert transport_of(target) == "nccl"
-        monkeypatch.setattr(PairGroup, "pull", break_once)
+        monkeypatch.setattr(TcpGroup, "pull", break_once)
         with caplog.at_level(logging.WARNING, "eagle_target.client"):
             assert_same_batch(target.generate_batch(**rows_of(1)), expected_batch(rows_of(1)))
         assert transport_of(target) == "wire"
@@ -177,18 +204,18 @@ def test_a_list_steps_down_once_and_comes_back(
 @pytest.mark.parametrize("end", ["client", "server"])
 def test_either_end_may_close_in_the_middle_of_a_transfer(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with joined() as pair:
-        receive = PairGroup._receive
+        read = TcpGroup._read
 
-        def close_first(self: PairGroup, *arguments: Any) -> Any:
-            work = receive(self, *arguments)
+        def close_first(self: TcpGroup, piece: memoryview) -> int:
+            count = read(self, piece)
             monkeypatch.undo()
             closing = threading.Thread(target=getattr(pair, end).close)
             closing.start()
             closing.join(PATIENCE_SECONDS)
-            return work
+            return count
 
         reply = pair.server.send("t", large(), {})
-        monkeypatch.setattr(PairGroup, "_receive", close_first)
+        monkeypatch.setattr(TcpGroup, "_read", close_first)
         with pytest.raises(ConnectError):
             pair.client.receive(MemoryBody.of(reply), PackedTensors())
         assert pair.client.broken
@@ -220,7 +247,7 @@ def test_a_transfer_that_nobody_asked_for_in_time_is_gone_and_the_channel_goes_o
     with joined(transfer_timeout=1.0) as pair:
         late = pair.server.send("late", large(), {})
         time.sleep(2.0)
-        with pytest.raises(ProtocolError, match="no transfer 'late'"):
+        with pytest.raises(ProtocolError, match="no transfer 'late/1'"):
             pair.client.receive(MemoryBody.of(late), PackedTensors())
         assert not pair.client.broken
         tensors = {"small": torch.ones(3)}
@@ -232,12 +259,12 @@ def test_a_transfer_that_nobody_asked_for_in_time_is_gone_and_the_channel_goes_o
     [
         {},
         {"what": 1},
-        {"pull": "t"},
-        {"pull": "t", "number": 1, "cuts": [1]},
-        {"pull": "t", "number": 1, "cuts": [-4, 8]},
-        {"pull": "t", "number": 0, "cuts": [4]},
-        {"pull": "t", "number": 1, "cuts": 4},
-        {"pull": "t", "cuts": [4]},
+        {"pull": "t/1"},
+        {"pull": "t/1", "number": 1, "cuts": [1]},
+        {"pull": "t/1", "number": 1, "cuts": [-4, 8]},
+        {"pull": "t/1", "number": 0, "cuts": [4]},
+        {"pull": "t/1", "number": 1, "cuts": 4},
+        {"pull": "t/1", "cuts": [4]},
     ],
     ids=str,
 )
@@ -253,27 +280,62 @@ def test_messages_that_make_no_sense_are_refused(message: dict[str, Any]) -> Non
 def test_refusals_name_the_cause() -> None:
     with listening() as endpoint:
         assert "cannot use 'nccl'" in refusal(MemoryControl(endpoint, device="cuda:0", target_device="cuda:1"))
-        assert "has no address" in refusal(MemoryControl(endpoint, address="no-such-host.invalid"))
-        assert "cannot listen" in refusal(MemoryControl(endpoint, address=FOREIGN_ADDRESS))
+        assert "cannot connect to no-such-host.invalid" in refusal(
+            MemoryControl(endpoint, address="no-such-host.invalid")
+        )
+        assert "cannot listen" in refusal(MemoryControl(endpoint, reached_at=FOREIGN_ADDRESS))
+        assert "no group with the server" in refusal(StrayingControl(endpoint))
         assert "cannot connect to 127.0.0.1" in refusal(ClosingControl(endpoint))
-    with listening(connect_timeout=0.3) as endpoint:
-        assert "no group" in refusal(StrayingControl(endpoint), connect_timeout=0.3)
     with socket.create_server(("127.0.0.1", 0)) as taken, listening(port=taken.getsockname()[1]) as endpoint:
         assert "cannot listen" in refusal(MemoryControl(endpoint))
-    for address in ("0.0.0.0", "224.0.0.1", "gpu-7", None):
-        with listening() as endpoint, pytest.raises(ConnectError, match="address"):
-            endpoint.accept({"backend": "gloo", "address": address})
+    for address in ("0.0.0.0", "224.0.0.1", "no-such-host.invalid"):
+        with listening(host=address) as endpoint, pytest.raises(ConnectError, match="address"):
+            endpoint.accept(HELLO, reached_at="127.0.0.1")
+    with listening() as endpoint, pytest.raises(ConnectError, match="digest 'none'"):
+        endpoint.accept({**HELLO, "digest": "none"}, reached_at="127.0.0.1")
     wait_until(lambda: senders() == 0, "the end of threads that waited for a client")
+
+
+def test_a_server_with_another_key_is_refused_at_both_ends() -> None:
+    with listening() as endpoint:
+        control = StrangeControl(endpoint)
+        assert "no group with the server" in refusal(control)
+        wait_until(lambda: senders() == 0, "the end of the server's thread")
+        assert "has not the key" in MemoryControl.tell(control, {"state": True})["failure"]
+
+
+def test_a_name_of_the_server_s_own_is_where_the_client_goes() -> None:
+    with listening(host="127.0.0.2") as endpoint:
+        pair = ChannelPair(NcclTransport, endpoint, {})
+        tensors = {"small": torch.ones(3)}
+        assert_same_bits(pair.transfer("t", tensors)[0], tensors)
+        pair.close()
+
+
+@pytest.mark.parametrize("is_private", [False, True])
+def test_what_came_over_tls_is_held_to_sha256(is_private: bool) -> None:
+    hellos: list[Mapping[str, Any]] = []
+
+    class Watching(MemoryControl):
+        def open_channel(self, hello: Mapping[str, Any]) -> Mapping[str, Any]:
+            hellos.append(hello)
+            return super().open_channel(hello)
+
+    with listening() as endpoint:
+        control = Watching(endpoint, is_private=is_private)
+        NcclTransport.connect(NcclTransport.options_model(), endpoint.offer(), control).close()
+        control.accepted[0].close()
+    assert [hello["digest"] for hello in hellos] == ["sha256" if is_private else "xxh3_128"]
 
 
 def test_a_client_that_joins_and_does_not_come_costs_a_thread_for_no_longer_than_the_timeout() -> None:
     with listening(connect_timeout=0.3) as endpoint:
         control = MemoryControl(endpoint)
-        control.open_channel({"backend": "gloo", "address": "127.0.0.1"})
+        control.open_channel(HELLO)
         control.tell({"join": True})
         assert senders() == 1
         wait_until(lambda: senders() == 0)
-        assert "no group" in control.tell({"state": True})["failure"]
+        assert "no client came" in control.tell({"state": True})["failure"]
 
 
 def test_by_name_it_is_used_or_the_cause_is_told() -> None:
@@ -285,13 +347,11 @@ def test_by_name_it_is_used_or_the_cause_is_told() -> None:
             assert transport_of(target) == "wire"
 
 
-def test_auto_takes_it_between_devices_only() -> None:
+def test_auto_does_not_take_it() -> None:
     with listening() as endpoint:
-        for device, target_device in (("cpu", "cpu"), ("cuda:0", "cpu"), ("cpu", "cuda")):
+        for device, target_device in (("cpu", "cpu"), ("cuda:0", "cpu"), ("cpu", "cuda"), ("cuda:1", "cuda")):
             control = MemoryControl(endpoint, device=device, target_device=target_device)
-            assert "auto takes nccl between CUDA devices" in (NcclTransport.auto_refusal(control) or "")
-        control = MemoryControl(endpoint, device="cuda:1", target_device="cuda")
-        assert NcclTransport.auto_refusal(control) is None
+            assert "nccl is experimental" in (NcclTransport.auto_refusal(control) or "")
 
 
 @pytest.mark.parametrize("seed", range(20))

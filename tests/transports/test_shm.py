@@ -347,7 +347,7 @@ def test_a_server_elsewhere_is_refused_before_anything_is_opened(
     with pytest.raises(ConnectError, match=f"the server .*{reason}"):
         Pair(endpoint)
     with pytest.raises(ConnectError, match=f"the client .*{reason}"):
-        endpoint.accept({**this_host(), field: "other"})
+        endpoint.accept({**this_host(), field: "other"}, reached_at="127.0.0.1")
     assert endpoint._reserved == 0
     endpoint.close()
 
@@ -363,7 +363,7 @@ def test_memory_that_is_not_the_servers_is_refused(monkeypatch: pytest.MonkeyPat
 
 def test_a_transfer_before_the_client_has_come_and_after_it_went_is_an_error() -> None:
     endpoint = listening()
-    channel, _ = endpoint.accept(this_host())
+    channel, _ = endpoint.accept(this_host(), reached_at="127.0.0.1")
     with pytest.raises(ConnectError, match="not mapped"):
         channel.send("t", {"rows": torch.ones(3)}, {})
     channel.close()

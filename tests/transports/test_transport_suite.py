@@ -89,7 +89,7 @@ MISTAKES: dict[str, tuple[Any, Any]] = {
 
 def joined(server: Any, client: Any) -> ChannelPair:
     class Endpoint(WireServerEndpoint):
-        def accept(self, hello: Mapping[str, Any]) -> tuple[ServerChannel, dict[str, Any]]:
+        def accept(self, hello: Mapping[str, Any], *, reached_at: str) -> tuple[ServerChannel, dict[str, Any]]:
             return server(), {}
 
     pair = ChannelPair(WireTransport, Endpoint(), {})

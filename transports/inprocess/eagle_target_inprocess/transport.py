@@ -102,7 +102,7 @@ class InProcessServerEndpoint(ServerEndpoint):
         """Which process this is."""
         return {"process": process_identity()}
 
-    def accept(self, hello: Mapping[str, Any]) -> tuple[ServerChannel, dict[str, Any]]:
+    def accept(self, hello: Mapping[str, Any], *, reached_at: str) -> tuple[ServerChannel, dict[str, Any]]:  # noqa: ARG002
         """Make a shelf for a client of this process."""
         if hello.get("process") != process_identity():
             raise ConnectError("transport 'inprocess' needs client and server in one process: use 'wire'")

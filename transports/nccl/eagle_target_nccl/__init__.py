@@ -1,4 +1,4 @@
-"""The `nccl` transport: tensors over a process group of two, NCCL between GPUs and gloo between CPUs."""
+"""The `nccl` transport: tensors over a group of two, NCCL between GPUs and TCP between CPUs."""
 
 from __future__ import annotations
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
+import socket
 import threading
 import time
 from contextlib import ExitStack
@@ -13,19 +15,19 @@ import torch
 from eagle_target.devices import is_numbered
 from eagle_target.errors import ConnectError, EagleTargetError, ProtocolError, TransferTimeout, TransportError
 from eagle_target.transports import ClientChannel
+from eagle_target_nccl import interfaces
 from eagle_target_nccl.endpoint import backends, device_identity
-from eagle_target_nccl.groups import CLIENT, TRANSFER_NUMBERS, backend_between, open_group
+from eagle_target_nccl.gate import NAME_BYTES
+from eagle_target_nccl.groups import CLIENT, NcclGroup, TcpGroup, backend_between, proven, store_with
 from eagle_target_nccl.layout import (
     CONTENT_TYPE,
     MAX_TICKET_BYTES,
-    PIECE_BYTES,
     Staging,
     as_bytes,
     decode_ticket,
     group_sizes,
-    split_messages,
 )
-from eagle_target_nccl.rendezvous import Meeting, checked_address, numeric_address
+from eagle_target_nccl.proofs import KEY_BYTES, Seals, Transfer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from eagle_target.transports import ControlPlane, IncomingBody
     from eagle_target_nccl.groups import PairGroup
     from eagle_target_nccl.layout import Ticket
+    from eagle_target_nccl.proofs import Digest
     from eagle_target_nccl.transport import NcclOptions
 
 logger = logging.getLogger(__name__)
@@ -55,16 +58,17 @@ def open_client_channel(options: NcclOptions, offer: Mapping[str, Any], control:
     for end, usable in (("this end", backends()), ("the server", offer.get("backends") or [])):
         if backend not in usable:
             raise ConnectError(f"{end} cannot use {backend!r} between {control.target_device} and {control.device}")
-    hello = {
-        "backend": backend,
-        "address": numeric_address(control.address),
-        "target_device": control.target_device,
-        "gpu": device_identity(control.device) if backend == "nccl" else None,
-    }
+    digest: Digest = "sha256" if control.is_private else "xxh3_128"
+    hello = {"backend": backend, "target_device": control.target_device, "digest": digest, "gpu": None}
+    if backend == "nccl":
+        reason = interfaces.refusal(_address_towards(control.address), "this end")
+        if reason is not None:
+            raise ConnectError(reason)
+        hello["gpu"] = device_identity(control.device)
     control.open_channel(hello)
 
     def open_this_end(timeout: float) -> PairGroup:
-        return _join(options, offer, control, backend=backend, timeout=timeout)
+        return _join(offer, control, backend, digest, timeout)
 
     return NcclClientChannel(open_this_end, control, options.connect_timeout)
 
@@ -154,16 +158,16 @@ class NcclClientChannel(ClientChannel):
 
         From the moment of asking the two ends agree on what is under way or the group is given up.
         """
-        self._number = self._number % (TRANSFER_NUMBERS - 1) + 1
-        request = {"pull": ticket.transfer_id, "number": self._number, "cuts": [len(message) for message in messages]}
+        self._number += 1
+        transfer = Transfer(ticket.transfer_id, self._number, ticket.header.data_bytes)
+        request = {"pull": transfer.name, "number": transfer.number, "cuts": [len(message) for message in messages]}
         try:
             answer = self._ask(request, deadline)
             if answer.get("left"):
                 self._rejoin(deadline)
                 answer = self._ask(request, deadline)
             if not answer.get("gone"):
-                pieces = split_messages(messages, PIECE_BYTES if self._group.device.type == "cpu" else None)
-                self._group.pull(pieces, self._number, ticket.header.data_bytes, deadline)
+                self._group.pull(messages, transfer, deadline)
                 return
         except BaseException as error:
             self._break(str(error) or type(error).__name__)
@@ -211,24 +215,61 @@ def _checked(view: torch.Tensor) -> torch.Tensor:
     return view
 
 
-def _join(
-    options: NcclOptions, offer: Mapping[str, Any], control: ControlPlane, *, backend: str, timeout: float
-) -> PairGroup:
-    answer = control.tell({"join": True}, timeout=timeout)
-    host, port, prefix = (answer.get(name) for name in ("host", "port", "prefix"))
-    if not isinstance(port, int) or not isinstance(prefix, str):
-        raise ConnectError(f"the server named no place to meet: {dict(answer)}")
-    meeting = Meeting(checked_address(host), port, prefix)
-    address = meeting.local_address(timeout)
-    if options.host is not None:
-        address = numeric_address(options.host)
+def _join(offer: Mapping[str, Any], control: ControlPlane, backend: str, digest: Digest, timeout: float) -> PairGroup:
+    deadline = time.monotonic() + timeout
+    told = control.tell({"join": True}, timeout=timeout)
+    if "left" in told or told.get("failure") is not None:
+        raise ConnectError(f"the server gave the channel up: {told.get('failure')}")
     try:
-        return open_group(
-            meeting, CLIENT, backend=backend, address=address, device=control.device, connect_timeout=timeout
-        )
+        key = _read_bytes(told["key"], KEY_BYTES)
+        return proven(_meet(told, control, backend, Seals(key, digest), deadline), deadline)
+    except (KeyError, ValueError, TypeError) as error:
+        raise ProtocolError(f"the server's answer describes no group: {error!r}") from error
     except TransportError as error:
         versions = f"this torch is {torch.__version__}, the server's {offer.get('torch')}"
-        raise ConnectError(f"{error} ({versions}{_failure_there(control)})") from error
+        raise ConnectError(f"no group with the server: {error} ({versions}{_failure_there(control)})") from error
+
+
+def _meet(told: Mapping[str, Any], control: ControlPlane, backend: str, seals: Seals, deadline: float) -> PairGroup:
+    """This end of a group; whether the other is the server's is yet to be proven."""
+    if backend == "nccl":
+        return NcclGroup(store_with(bytes.fromhex(told["id"])), CLIENT, torch.device(control.device), seals)
+    host, port, name = str(told.get("host", control.address)), int(told["port"]), _read_bytes(told["name"], NAME_BYTES)
+    try:
+        connection = socket.create_connection((host, port), timeout=max(deadline - time.monotonic(), SHORTEST_SECONDS))
+    except OSError as error:
+        raise ConnectError(
+            f"cannot connect to {host}:{port}, where the server expects this client: {error}: open the port (option "
+            "port sets it), or name an address that clients reach with option host, both on the server"
+        ) from error
+    try:
+        connection.sendall(name)
+    except OSError as error:
+        connection.close()
+        raise ConnectError(f"{host}:{port} closed the connection: {error}") from error
+    return TcpGroup(connection, CLIENT, seals)
+
+
+def _read_bytes(text: Any, size: int) -> bytes:
+    data = bytes.fromhex(text)
+    if len(data) != size:
+        raise ValueError(f"{len(data)} bytes where {size} are expected")
+    return data
+
+
+def _address_towards(host: str) -> str:
+    """The address of this machine from which it reaches a host; nothing is sent.
+
+    Raises:
+        ConnectError: there is no way to it.
+    """
+    try:
+        kind, _, _, _, peer = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(kind, socket.SOCK_DGRAM) as asking:
+            asking.connect(peer)
+            return str(ipaddress.ip_address(asking.getsockname()[0]))
+    except OSError as error:
+        raise ConnectError(f"there is no way to {host!r}: {error}") from error
 
 
 def _failure_there(control: ControlPlane) -> str:

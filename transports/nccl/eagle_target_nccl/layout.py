@@ -21,8 +21,6 @@ CONTENT_TYPE = "application/vnd.eagle-target.nccl+json"
 MAX_TICKET_BYTES = 2 << 20
 # Memory at least so large is sent and received where it lies; what is smaller shares a message and is copied.
 LARGE_BYTES = 256 << 10
-# gloo takes a socket buffer of a message's size: large messages are split, so that it stays in the cache.
-PIECE_BYTES = 2 << 20
 MAX_CUTS = 4096
 
 
@@ -136,15 +134,6 @@ def cut_bytes(tensors: Sequence[torch.Tensor], cuts: Sequence[int], staging: Sta
         parts.append(covering)
     gathered = iter(staging.take([size for size, each in zip(cuts, parts, strict=True) if len(each) > 1]))
     return [each[0] if len(each) == 1 else torch.cat(each, out=next(gathered)) for each in parts]
-
-
-def split_messages(messages: Sequence[torch.Tensor], piece_bytes: int | None) -> list[torch.Tensor]:
-    """Split messages into pieces of at most so many bytes; both ends do it alike."""
-    if piece_bytes is None:
-        return list(messages)
-    return [
-        message[start : start + piece_bytes] for message in messages for start in range(0, len(message), piece_bytes)
-    ]
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:

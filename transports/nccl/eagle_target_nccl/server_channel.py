@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import queue
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from eagle_target.devices import use_device
@@ -18,15 +19,14 @@ from eagle_target_nccl.device_tensors import DeviceTensors
 from eagle_target_nccl.layout import (
     CONTENT_TYPE,
     MAX_CUTS,
-    PIECE_BYTES,
     Staging,
     as_bytes,
     cut_bytes,
     encode_ticket,
     ordered,
-    split_messages,
 )
 from eagle_target_nccl.outbox import Outbox, Parcel
+from eagle_target_nccl.proofs import Transfer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import torch
 
     from eagle_target_nccl.groups import PairGroup
-    from eagle_target_nccl.rendezvous import Meeting
+    from eagle_target_nccl.meetings import Meeting
     from eagle_target_nccl.transport import NcclOptions
 
 logger = logging.getLogger(__name__)
@@ -45,10 +45,10 @@ CHECKS_A_TIMEOUT = 4
 
 @dataclass(frozen=True, slots=True)
 class Pull:
-    """What the client asked for. number: of the transfer. cuts: bytes of each message."""
+    """What the client asked for. cuts: bytes of each message."""
 
     parcel: Parcel
-    number: int
+    transfer: Transfer
     cuts: tuple[int, ...]
 
 
@@ -56,28 +56,19 @@ class NcclServerChannel(ServerChannel):
     """Sends to one client. Its thread lives from the client's joining until nothing is sent for long, or the end.
 
     Args:
-        arrange: gives a new meeting. open_this_end: brings the group up; called on the channel's thread.
-        forget: called when a meeting is over. device: where messages lie.
+        arrange: gives a new meeting. device: where messages lie.
     """
 
-    def __init__(
-        self,
-        options: NcclOptions,
-        *,
-        arrange: Callable[[], Meeting],
-        open_this_end: Callable[[Meeting], PairGroup],
-        forget: Callable[[Meeting], None],
-        device: torch.device,
-    ) -> None:
+    def __init__(self, options: NcclOptions, arrange: Callable[[], Meeting], device: torch.device) -> None:
         self._options = options
         self._arrange = arrange
-        self._open_this_end = open_this_end
-        self._forget = forget
         self._device = device
+        self._names = itertools.count(1)
         self._outbox = Outbox(options.outbox_bytes, options.transfer_timeout)
         self._pulls: queue.SimpleQueue[Pull | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._meeting: Meeting | None = None
         self._group: PairGroup | None = None
         self._failure: str | None = None
 
@@ -90,9 +81,11 @@ class NcclServerChannel(ServerChannel):
         if self._failure is not None:
             ticket, moved = encode_ticket(transfer_id, {}, {}, self._failure), 0
         else:
-            ticket = encode_ticket(transfer_id, tensors, metadata)
+            # A client that uses an id twice gets no other answer's tensors for it.
+            name = f"{transfer_id}/{next(self._names)}"
+            ticket = encode_ticket(name, tensors, metadata)
             parcel = Parcel(tensors)
-            self._outbox.put(transfer_id, parcel)
+            self._outbox.put(name, parcel)
             moved = parcel.length
         return Reply(CONTENT_TYPE, [memoryview(ticket)], moved)
 
@@ -116,7 +109,7 @@ class NcclServerChannel(ServerChannel):
         with self._lock:
             thread = self._thread
         if thread is not None and thread is not threading.current_thread():
-            # One that still waits for its client to come ends by itself, after connect_timeout.
+            # One in the midst of NCCL's start ends by itself, after connect_timeout.
             thread.join(CLOSE_SECONDS)
 
     def _join(self) -> dict[str, Any]:
@@ -125,10 +118,10 @@ class NcclServerChannel(ServerChannel):
                 return {}
             if self._thread is not None:
                 raise TransportError("this channel has a group already: open another channel")
-            meeting = self._arrange()
+            meeting = self._meeting = self._arrange()
             self._thread = threading.Thread(target=self._serve, args=(meeting,), name="eagle-target-nccl", daemon=True)
             self._thread.start()
-        return asdict(meeting)
+        return meeting.told()
 
     def _pull(self, message: Mapping[str, Any]) -> dict[str, Any]:
         with self._lock:
@@ -136,17 +129,18 @@ class NcclServerChannel(ServerChannel):
                 return {"left": True}
             if not self._pulls.empty():
                 raise TransportError("a client pulls one transfer at a time")
-            parcel = self._outbox.take(str(message["pull"]))
+            name = str(message["pull"])
+            parcel = self._outbox.take(name)
             if parcel is None:
                 return {"gone": True}
-            self._pulls.put(_read_pull(message, parcel))
+            self._pulls.put(_read_pull(message, name, parcel))
         return {}
 
     def _serve(self, meeting: Meeting) -> None:
         group = None
         try:
             use_device(self._device)
-            group = self._open_this_end(meeting)
+            group = meeting.open()
             with self._lock:
                 self._group = group
             if self._failure is None:
@@ -158,9 +152,9 @@ class NcclServerChannel(ServerChannel):
             logger.exception("sending over transport 'nccl' failed")
             self._fail(f"{type(error).__name__}: {error}")
         finally:
+            meeting.cancel()
             if group is not None:
                 group.abort()
-            self._forget(meeting)
 
     def _send_pulls(self, group: PairGroup) -> None:
         staging = Staging(group.device)
@@ -194,15 +188,15 @@ class NcclServerChannel(ServerChannel):
         deadline = time.monotonic() + self._options.transfer_timeout
         with pull.parcel.on_stream(group.device):
             tensors = [as_bytes(tensor.to(group.device)) for _, tensor in ordered(pull.parcel.tensors)]
-            messages = cut_bytes(tensors, pull.cuts, staging)
-            pieces = split_messages(messages, PIECE_BYTES if group.device.type == "cpu" else None)
-            group.push(pieces, pull.number, pull.parcel.length, deadline)
+            group.push(cut_bytes(tensors, pull.cuts, staging), pull.transfer, deadline)
 
     def _fail(self, reason: str) -> None:
         with self._lock:
             if self._failure is None:
                 self._failure = reason
-            group = self._group
+            group, meeting = self._group, self._meeting
+        if meeting is not None:
+            meeting.cancel()
         if group is not None:
             group.abort()
         self._outbox.clear()
@@ -212,7 +206,7 @@ class NcclServerChannel(ServerChannel):
         self._pulls.put(None)
 
 
-def _read_pull(message: Mapping[str, Any], parcel: Parcel) -> Pull:
+def _read_pull(message: Mapping[str, Any], name: str, parcel: Parcel) -> Pull:
     number, cuts = message.get("number"), message.get("cuts")
     numbers = [number, *cuts] if isinstance(cuts, list) and len(cuts) <= MAX_CUTS else []
     if (
@@ -221,4 +215,4 @@ def _read_pull(message: Mapping[str, Any], parcel: Parcel) -> Pull:
         or sum(cuts or []) != parcel.length
     ):
         raise TransportError(f"a pull of {parcel.length} bytes names number {number!r} and cuts that do not add up")
-    return Pull(parcel, numbers[0], tuple(numbers[1:]))
+    return Pull(parcel, Transfer(name, numbers[0], parcel.length), tuple(numbers[1:]))

@@ -1,4 +1,4 @@
-"""The transport: HTTP says what there is, a process group of client and server carries it."""
+"""The transport: HTTP says what there is, a group of client and server carries it."""
 
 from __future__ import annotations
 
@@ -21,9 +21,12 @@ class NcclOptions(PluginOptions):
 
     host: str | None = Field(
         default=None,
-        description="Address of this machine that the other end connects to; default the one it takes to the other.",
+        description="Server: address of its machine at which clients connect for tensors, and which they are told; "
+        "default the one at which their HTTP connection came in.",
     )
-    port: int = Field(default=0, ge=0, le=65535, description="Server: port where groups meet; 0 picks a free one.")
+    port: int = Field(
+        default=0, ge=0, le=65535, description="Server: port at which clients connect for tensors; 0 picks a free one."
+    )
     connect_timeout: float = Field(default=10.0, gt=0, description="Seconds a group may take to come up.")
     transfer_timeout: float = Field(
         default=60.0,
@@ -41,7 +44,7 @@ class NcclOptions(PluginOptions):
 
 
 class NcclTransport(Transport):
-    """A group of two ranks for each client: NCCL where both ends have CUDA, else gloo."""
+    """A group of two for each client: NCCL where both ends have CUDA, else a TCP connection. Experimental."""
 
     name: ClassVar[str] = "nccl"
     options_model: ClassVar[type[PluginOptions]] = NcclOptions
@@ -57,14 +60,10 @@ class NcclTransport(Transport):
 
     @classmethod
     def auto_refusal(cls, control: ControlPlane) -> str | None:
-        """Between CPUs it works, but is no better than `shm` and `wire`: it is taken when asked for by name."""
-        from eagle_target_nccl.groups import backend_between
-
-        if backend_between(control.device, control.target_device) == "nccl":
-            return None
+        """It is experimental between CUDA devices, and between CPUs no better than `shm` and `wire`."""
         return (
-            f"batches go to {control.device!r} and the target runs on {control.target_device!r}: "
-            "auto takes nccl between CUDA devices"
+            f"batches go to {control.device!r} and the target runs on {control.target_device!r}: nccl is experimental, "
+            "and taken when it is asked for by name"
         )
 
     @classmethod

@@ -52,7 +52,7 @@ class ShmServerEndpoint(ServerEndpoint):
         """Which host this is, and where the doorway is."""
         return {**this_host(), "socket": self._doorway.name}
 
-    def accept(self, hello: Mapping[str, Any]) -> tuple[ServerChannel, dict[str, Any]]:
+    def accept(self, hello: Mapping[str, Any], *, reached_at: str) -> tuple[ServerChannel, dict[str, Any]]:  # noqa: ARG002
         """Make memory for a client of this host; it is mapped once the client has come through the doorway."""
         reason = refusal(hello, "the client")
         if reason is not None:

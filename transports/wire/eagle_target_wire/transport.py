@@ -48,7 +48,7 @@ class WireServerEndpoint(ServerEndpoint):
         """Nothing."""
         return {}
 
-    def accept(self, hello: Mapping[str, Any]) -> tuple[ServerChannel, dict[str, Any]]:  # noqa: ARG002
+    def accept(self, hello: Mapping[str, Any], *, reached_at: str) -> tuple[ServerChannel, dict[str, Any]]:  # noqa: ARG002
         """Return a channel without state."""
         return WireServerChannel(), {}
 

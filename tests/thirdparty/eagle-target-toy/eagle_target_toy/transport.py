@@ -78,7 +78,7 @@ class ToyFileServerEndpoint(ServerEndpoint):
         """Where the folder is, and how a client knows that it is the same one."""
         return {"root": str(self._root), "nonce": self._nonce}
 
-    def accept(self, hello: Mapping[str, Any]) -> tuple[ServerChannel, dict[str, Any]]:
+    def accept(self, hello: Mapping[str, Any], *, reached_at: str) -> tuple[ServerChannel, dict[str, Any]]:
         """Make a folder for a client."""
         if hello.get("nonce") != self._nonce:
             raise ConnectError("transport 'toyfile' needs a folder that both ends see: use 'wire'")
