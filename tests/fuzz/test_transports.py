@@ -14,7 +14,7 @@ from eagle_target_inprocess.transport import CONTENT_TYPE as SHELF_TYPE
 from eagle_target_inprocess.transport import InProcessClientChannel, Shelf
 from eagle_target_nccl.layout import CONTENT_TYPE as NCCL_TYPE
 from eagle_target_nccl.layout import decode_ticket, encode_ticket
-from eagle_target_shm.doorway import ADDRESS
+from eagle_target_shm.doorway import ADDRESS, CLIENT, Invitation
 from eagle_target_shm.hosts import this_host
 from eagle_target_shm.tickets import CONTENT_TYPE as SHM_TYPE
 from eagle_target_shm.tickets import Place, Ticket, read_ticket
@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from eagle_target import protocol
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.rows import PackedTensors
+from eagle_target.seals import NONCE_BYTES, SEAL_BYTES
 from eagle_target.testing.server import loopback_server
 from eagle_target.testing.transport_harness import MemoryBody
 from tests.client.batches import assert_same_batch, expected_batch, rows_of
@@ -167,7 +168,10 @@ def test_what_is_said_at_the_doorway_of_shm(server: HttpServer, is_expected: boo
     offer = ask(server.url, "GET", protocol.TARGET).json()["transports"]["shm"]
     with channel(server, "shm", HELLOS["shm"]) as (_, opened), doorway(offer["socket"]) as connection:
         if is_expected:
-            connection.send(opened["nonce"].encode())
+            invitation = Invitation(bytes.fromhex(opened["name"]), bytes.fromhex(opened["key"]))
+            connection.send(invitation.name + bytes(NONCE_BYTES))
+            theirs = connection.recv(NONCE_BYTES + SEAL_BYTES)[:NONCE_BYTES]
+            connection.send(invitation.seal(CLIENT, offer["socket"], theirs, bytes(NONCE_BYTES)))
             _, descriptors, _, _ = socket.recv_fds(connection, 8, 1)
             for descriptor in descriptors:
                 os.close(descriptor)

@@ -9,28 +9,29 @@ import secrets
 import socket
 import threading
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from eagle_target_nccl.gate import MAX_STRANGERS, NAME_BYTES
 from eagle_target_nccl.groups import TcpGroup
-from eagle_target_nccl.proofs import NONCE_BYTES, SEAL_BYTES
+from eagle_target_shm.doorway import ADDRESS, CLIENT, GREETING, SERVER, Invitation, enter
 from torch import distributed
 
 from eagle_target import protocol
 from eagle_target.client.control import ChannelControl
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.errors import TransportRefused
+from eagle_target.seals import NONCE_BYTES, SEAL_BYTES, new_key
 from eagle_target.testing.server import loopback_server
 from tests.client.batches import assert_same_batch, expected_batch, rows_of
 from tests.faults.processes import faulty_server, nothing_left_behind
-from tests.security.strangers import as_stranger, listening, needs_another_user, other_host, stranger
+from tests.security.strangers import NOBODY, as_stranger, listening, needs_another_user, other_host, stranger
 from tests.server.cases import PATIENCE_SECONDS, mapping_of, wait_until
 from tests.server.http import ask
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from pathlib import Path
 
 TOKEN = "correct-horse-battery-staple"
 CHANNELS = f"{protocol.TRANSPORTS}/nccl/channels"
@@ -315,3 +316,121 @@ def test_channels_at_many_addresses_leave_nothing() -> None:
                     if not number % 50:
                         check_batch(target)
         assert listening(os.getpid()) == before
+
+
+def bind_name(say: Callable[[Any], None], name: str) -> None:
+    """Take a doorway's name, and pose as the server to whoever comes."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(ADDRESS + name)
+        listener.listen()
+        say("here")
+        connection, _ = listener.accept()
+        hello = connection.recv(1 << 10)
+        memory = os.memfd_create("made up", os.MFD_ALLOW_SEALING)
+        connection.send(hello[-NONCE_BYTES:] + bytes(SEAL_BYTES))
+        socket.send_fds(connection, [GREETING], [memory])
+        threading.Event().wait()
+
+
+def come_through(say: Callable[[Any], None], name: str, guest: str) -> None:
+    """Go to a doorway with a client's name, without its key; say what is handed over."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.settimeout(PATIENCE_SECONDS)
+        heard: list[Any] = []
+        try:
+            connection.connect(ADDRESS + name)
+            connection.send(bytes.fromhex(guest) + bytes(NONCE_BYTES))
+            heard.append(len(connection.recv(1 << 10)))
+            connection.send(bytes(SEAL_BYTES))
+            _, descriptors, _, _ = socket.recv_fds(connection, 1 << 10, 4)
+            heard.append(len(descriptors))
+        except OSError:
+            pass
+        say(heard)
+
+
+def open_memory(say: Callable[[Any], None], process: int) -> None:
+    """The files of a process that anybody may open."""
+    opened = []
+    for number in range(256):
+        try:
+            os.close(os.open(f"/proc/{process}/fd/{number}", os.O_RDWR))
+            opened.append(number)
+        except OSError:
+            continue
+    say(opened)
+
+
+def memory_files(process: int) -> int:
+    """Files of a process that are nameless memory of transport shm."""
+    links = [path.readlink() for path in Path(f"/proc/{process}/fd").iterdir() if path.is_symlink()]
+    return sum("eagle-target-shm" in str(link) for link in links)
+
+
+@needs_another_user
+def test_another_user_neither_comes_through_shm_s_doorway_nor_opens_its_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with faulty_server(transports=("shm", "wire")) as server:
+        heard: list[Any] = []
+        open_channel = ChannelControl.open_channel
+
+        def come_first(self: ChannelControl, hello: Mapping[str, Any]) -> Mapping[str, Any]:
+            answer = open_channel(self, hello)
+            name = ask(server.url, "GET", protocol.TARGET).json()["transports"]["shm"]["socket"]
+            heard.append(as_stranger(come_through, name, answer["name"]))
+            return answer
+
+        monkeypatch.setattr(ChannelControl, "open_channel", come_first)
+        process = int(server.process.pid or 0)
+        with connected(server.url, "shm") as target:
+            # Nothing was said to it, and the client's place was not taken.
+            check_batch(target, "shm")
+            assert heard == [[]]
+            assert memory_files(process) > 0
+            assert as_stranger(open_memory, process) == []
+            assert listening(process) == {("127.0.0.1", server.port)}
+
+
+@pytest.mark.parametrize(
+    "user", [pytest.param(NOBODY, marks=needs_another_user), None], ids=["another user", "this user"]
+)
+def test_who_takes_the_name_of_shm_s_doorway_is_not_taken_for_the_server(
+    monkeypatch: pytest.MonkeyPatch, user: int | None
+) -> None:
+    name = secrets.token_hex(16)
+    with (
+        faulty_server(transports=("shm",)) as server,
+        stranger(bind_name, name, user=user),
+    ):
+        monkeypatch.setattr("eagle_target_shm.client.enter", lambda _, invitation: enter(name, invitation))
+        reason = "belongs to user" if user is not None else "has not the key"
+        with pytest.raises(TransportRefused, match=reason):
+            connected(server.url, "shm")
+
+
+def test_who_has_a_client_s_name_at_shm_s_doorway_and_not_its_key_gets_no_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with faulty_server(transports=("shm", "wire")) as server:
+        heard: list[Any] = []
+
+        def come_first(name: str, invitation: Invitation) -> Any:
+            heard.append(as_stranger(come_through, name, invitation.name.hex(), user=None))
+            return enter(name, invitation)
+
+        monkeypatch.setattr("eagle_target_shm.client.enter", come_first)
+        with pytest.raises(TransportRefused, match="expects another client"):
+            connected(server.url, "shm")
+        # It heard the server's proof, which is of no use elsewhere, and then was sent away.
+        assert heard == [[NONCE_BYTES + SEAL_BYTES, 0]]
+        monkeypatch.undo()
+        with connected(server.url, "shm") as target:
+            check_batch(target, "shm")
+
+
+def test_what_one_doorway_heard_is_of_no_use_at_another() -> None:
+    invitation = Invitation(bytes(16), new_key())
+    nonces = bytes(NONCE_BYTES), bytes(NONCE_BYTES)
+    said = [invitation.seal(whose, name, *nonces) for whose in (SERVER, CLIENT) for name in ("one", "other")]
+    assert len({*said}) == 4

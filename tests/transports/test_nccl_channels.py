@@ -15,7 +15,6 @@ import torch
 from eagle_target_nccl.gate import NAME_BYTES
 from eagle_target_nccl.groups import TcpGroup
 from eagle_target_nccl.layout import Staging, cut_bytes, group_sizes
-from eagle_target_nccl.proofs import KEY_BYTES
 from eagle_target_nccl.transport import NcclTransport
 
 from eagle_target.client.remote import RemoteEagle3TargetModel
@@ -29,6 +28,7 @@ from eagle_target.errors import (
 )
 from eagle_target.options import build_model
 from eagle_target.rows import PackedTensors
+from eagle_target.seals import KEY_BYTES
 from eagle_target.testing.server import loopback_server
 from eagle_target.testing.transport_harness import ChannelPair, MemoryBody, MemoryControl, assert_same_bits
 from tests.client.batches import assert_same_batch, expected_batch, rows_of

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from eagle_target_nccl.groups import CLIENT, SERVER, PairGroup, TcpGroup
-from eagle_target_nccl.proofs import DIGESTS, NONCE_BYTES, SEAL_BYTES, Digest, Seals, Transfer, new_key
+from eagle_target_nccl.proofs import DIGESTS, Digest, Seals, Transfer
 
 from eagle_target.errors import ConnectError, ProtocolError, TransferTimeout, TransportError
+from eagle_target.seals import NONCE_BYTES, SEAL_BYTES, new_key
 from tests.server.cases import PATIENCE_SECONDS
 
 if TYPE_CHECKING:

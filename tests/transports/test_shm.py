@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from eagle_target_shm import client, server
-from eagle_target_shm.doorway import enter
+from eagle_target_shm.doorway import NAME_BYTES, Invitation, enter
 from eagle_target_shm.hosts import this_host
 from eagle_target_shm.memory import SharedTensors
 from eagle_target_shm.server import ShmServerChannel, ShmServerEndpoint
@@ -23,6 +23,7 @@ from eagle_target_shm.transport import ShmOptions, ShmTransport
 
 from eagle_target.errors import ConnectError, ProtocolError, RequestTooLarge, TransferTimeout
 from eagle_target.rows import PackedTensors
+from eagle_target.seals import KEY_BYTES
 from eagle_target.testing.transport_harness import ChannelPair, MemoryBody, assert_same_bits
 from eagle_target.testing.transports import TransportConformance
 from tests.faults.processes import named_memory
@@ -314,13 +315,14 @@ def test_neither_side_can_cut_memory_off_and_nothing_has_a_name(small: Pair) -> 
 def test_strangers_are_sent_away(small: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     endpoint = small.made._endpoint
     name = endpoint.offer()["socket"]
+    nobody = Invitation(bytes(NAME_BYTES), bytes(KEY_BYTES))
     with pytest.raises(ConnectError, match="expects another client"):
-        enter(name, "0" * 32)
+        enter(name, nobody)
     with pytest.raises(ConnectError, match="cannot be reached"):
-        enter("0" * 32, "0" * 32)
+        enter("0" * 32, nobody)
     monkeypatch.setattr("eagle_target_shm.doorway.peer_user", lambda _: os.geteuid() + 1)
     with pytest.raises(ConnectError, match="belongs to user"):
-        enter(name, "0" * 32)
+        enter(name, nobody)
     monkeypatch.undo()
     assert int(small.receive(small.body(rows=torch.tensor([4])))["rows"]) == 4
 

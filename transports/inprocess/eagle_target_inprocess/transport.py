@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import secrets
@@ -115,13 +116,16 @@ class InProcessServerChannel(ServerChannel):
 
     def __init__(self, shelf_name: str) -> None:
         self.shelf_name = shelf_name
+        self._names = itertools.count(1)
         self._shelf = SHELVES[shelf_name] = Shelf()
 
     def send(self, transfer_id: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Reply:
         """Lay the tensors down and tell the client under which id."""
-        self._shelf.lay(transfer_id, (tensors, dict(metadata)))
+        # A client that uses an id twice gets no other answer's tensors for it.
+        name = f"{transfer_id}/{next(self._names)}"
+        self._shelf.lay(name, (tensors, dict(metadata)))
         moved = sum(tensor.nbytes for tensor in tensors.values())
-        return Reply(CONTENT_TYPE, [memoryview(json.dumps({"transfer_id": transfer_id}).encode())], moved)
+        return Reply(CONTENT_TYPE, [memoryview(json.dumps({"transfer_id": name}).encode())], moved)
 
     def close(self) -> None:
         """Clear the shelf."""

@@ -14,6 +14,7 @@ import torch
 
 from eagle_target.devices import is_numbered
 from eagle_target.errors import ConnectError, EagleTargetError, ProtocolError, TransferTimeout, TransportError
+from eagle_target.seals import KEY_BYTES
 from eagle_target.transports import ClientChannel
 from eagle_target_nccl import interfaces
 from eagle_target_nccl.endpoint import backends, device_identity
@@ -27,7 +28,7 @@ from eagle_target_nccl.layout import (
     decode_ticket,
     group_sizes,
 )
-from eagle_target_nccl.proofs import KEY_BYTES, Seals, Transfer
+from eagle_target_nccl.proofs import Seals, Transfer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -21,7 +21,7 @@ import torch
 from torch import distributed
 
 from eagle_target.errors import ConnectError, ProtocolError, TransferTimeout, TransportError
-from eagle_target_nccl.proofs import NONCE_BYTES, SEAL_BYTES, is_seal, new_nonce
+from eagle_target.seals import NONCE_BYTES, SEAL_BYTES, is_seal, new_nonce
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -6,8 +6,9 @@ import time
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
+from eagle_target.seals import new_key
 from eagle_target_nccl.groups import SERVER, NcclGroup, TcpGroup, new_store, proven, read_unique_id
-from eagle_target_nccl.proofs import Seals, new_key
+from eagle_target_nccl.proofs import Seals
 
 if TYPE_CHECKING:
     import torch

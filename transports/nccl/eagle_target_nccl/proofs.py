@@ -1,25 +1,22 @@
 """What the two ends of a group prove to each other: that they have the key which the server gave over HTTP.
 
-All of it is HMAC-SHA256. Each text says who speaks, so that nothing can be thrown back at its speaker, and depends on
-random values of both ends, so that nothing said in one group is of use in another.
+Each seal says who speaks, so that nothing can be thrown back at its speaker, and depends on random values of both ends,
+so that nothing said in one group is of use in another.
 """
 
 from __future__ import annotations
 
 import hashlib
-import hmac
-import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import xxhash
 
+from eagle_target.seals import seal
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-KEY_BYTES = 32
-NONCE_BYTES = 32
-SEAL_BYTES = 32
 # Digests of the tensors' bytes. `sha256` is for those whose key came over TLS, where nobody else has it and so nobody
 # else can make up bytes. Over plain HTTP whoever can change bytes can change the key, too: `xxh3_128`, twenty times as
 # fast, then tells all that goes wrong without purpose, and bytes of who cannot read along.
@@ -70,11 +67,12 @@ class Seals:
 
     def of_end(self, rank: int) -> bytes:
         """The proof that one end of the group has the key."""
-        return self._make("end", rank)
+        return seal(self._key, self._nonces, "end", rank)
 
     def of_transfer(self, rank: int, transfer: Transfer, content: bytes) -> bytes:
         """What one end says of a transfer that it has sent, or received. content: the digest of its bytes."""
-        return self._make("transfer", rank, transfer.number, transfer.length, transfer.name, content.hex())
+        said = (transfer.name, transfer.number, transfer.length, content)
+        return seal(self._key, self._nonces, "transfer", rank, *said)
 
     def new_hash(self) -> Hash:
         """A digest of tensors' bytes."""
@@ -82,24 +80,4 @@ class Seals:
 
     def _seeded(self) -> Hash:
         # Not to be foreseen without the key; the digest itself is only shown inside a seal.
-        return xxhash.xxh3_128(seed=int.from_bytes(self._make("seed")[:8], "little"))
-
-    def _make(self, *parts: str | int) -> bytes:
-        # With their lengths, so that no two lists of parts make one text.
-        text = "\n".join(f"{len(str(part))} {part}" for part in parts).encode()
-        return hmac.new(self._key, self._nonces + text, hashlib.sha256).digest()
-
-
-def is_seal(given: bytes, expected: bytes) -> bool:
-    """Whether a seal is right; takes as long whatever is wrong with it."""
-    return hmac.compare_digest(given, expected)
-
-
-def new_key() -> bytes:
-    """A key for one group."""
-    return secrets.token_bytes(KEY_BYTES)
-
-
-def new_nonce() -> bytes:
-    """What one end draws for one group."""
-    return secrets.token_bytes(NONCE_BYTES)
+        return xxhash.xxh3_128(seed=int.from_bytes(seal(self._key, self._nonces, "seed")[:8], "little"))

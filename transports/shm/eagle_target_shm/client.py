@@ -15,7 +15,7 @@ from eagle_target.errors import ConnectError, ProtocolError, TransferTimeout
 from eagle_target.transports import ClientChannel
 from eagle_target_shm.arena import MAX_LOANS
 from eagle_target_shm.cuda import DeviceSegment, current_streams, find_device, map_segment, settle, wait_for
-from eagle_target_shm.doorway import enter, is_over, say
+from eagle_target_shm.doorway import Invitation, enter, is_over, say
 from eagle_target_shm.hosts import refusal, this_host
 from eagle_target_shm.segment import Segment
 from eagle_target_shm.tickets import CUDA, HOST, read_ticket, slot_of
@@ -190,7 +190,8 @@ def open_channel(offer: Mapping[str, Any], control: ControlPlane) -> ShmClientCh
     answer = control.open_channel(hello)
     with contextlib.ExitStack() as on_error:
         try:
-            connection, given = enter(str(offer["socket"]), str(answer["nonce"]))
+            invitation = Invitation(bytes.fromhex(answer["name"]), bytes.fromhex(answer["key"]))
+            connection, given = enter(str(offer["socket"]), invitation)
             on_error.callback(connection.close)
             try:
                 segment = Segment.open(given, int(answer[HOST]["bytes"]))

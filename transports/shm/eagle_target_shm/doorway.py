@@ -11,9 +11,11 @@ import socket
 import struct
 import threading
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from eagle_target.errors import ConnectError
+from eagle_target.seals import NONCE_BYTES, SEAL_BYTES, is_seal, new_key, new_nonce, seal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,11 +24,15 @@ logger = logging.getLogger(__name__)
 
 # In no file system, so that nothing is left of it.
 ADDRESS = "\0eagle-target-shm-"
-NONCE_BYTES = 32
+NAME_BYTES = 16
 MESSAGE_BYTES = 8
 GREETING = b"memory"
 CONNECT_SECONDS = 5.0
 MAX_STRANGERS = 64
+# Those of other users are sent away as fast as they come.
+BACKLOG = 1024
+ACCEPTED_A_TURN = 64
+SERVER, CLIENT = "server", "client"
 PAUSE_SECONDS = 0.1
 
 
@@ -46,6 +52,26 @@ class Guest(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Invitation:
+    """What one client is told over HTTP. name: by which it is known. key: by which the two ends know each other."""
+
+    name: bytes
+    key: bytes
+
+    def seal(self, whose: str, doorway: str, server_nonce: bytes, client_nonce: bytes) -> bytes:
+        """What shows at one doorway that its sender has the key."""
+        return seal(self.key, whose, doorway, server_nonce, client_nonce)
+
+
+@dataclass(frozen=True, slots=True)
+class _Claim:
+    """A stranger who says to be a guest. proof: what it would say if it is."""
+
+    guest: Guest
+    proof: bytes
+
+
 class Doorway:
     """Waits for clients on a socket of a random name, and for what they say, on a thread of its own.
 
@@ -53,34 +79,34 @@ class Doorway:
     """
 
     def __init__(self) -> None:
-        self.name = secrets.token_hex(NONCE_BYTES // 2)
+        self.name = secrets.token_hex(NAME_BYTES)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.bind(ADDRESS + self.name)
-        self._listener.listen(MAX_STRANGERS)
+        self._listener.listen(BACKLOG)
         self._listener.setblocking(False)
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._selector.register(self._wake, selectors.EVENT_READ)
-        self._expected: dict[bytes, Guest] = {}
-        self._strangers: list[socket.socket] = []
+        self._expected: dict[bytes, tuple[Invitation, Guest]] = {}
+        self._strangers: dict[socket.socket, _Claim | None] = {}
         self._guests: dict[socket.socket, Guest] = {}
         self._lock = threading.Lock()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="eagle-target-shm", daemon=True)
         self._thread.start()
 
-    def expect(self, guest: Guest) -> str:
-        """Let a client in; returns the secret that it shows."""
-        nonce = secrets.token_hex(NONCE_BYTES // 2)
+    def expect(self, guest: Guest) -> Invitation:
+        """Let a client in that shows to have what is returned."""
+        invitation = Invitation(secrets.token_bytes(NAME_BYTES), new_key())
         with self._lock:
-            self._expected[nonce.encode()] = guest
-        return nonce
+            self._expected[invitation.name] = invitation, guest
+        return invitation
 
-    def forget(self, nonce: str) -> None:
+    def forget(self, invitation: Invitation) -> None:
         """Wait for a client no more; one that is here is left alone."""
         with self._lock:
-            self._expected.pop(nonce.encode(), None)
+            self._expected.pop(invitation.name, None)
 
     def close(self) -> None:
         """Send everybody away. Safe to call twice."""
@@ -95,7 +121,7 @@ class Doorway:
         while not self._closed:
             for key, _ in self._selector.select():
                 if key.fileobj is self._listener:
-                    self._accept()
+                    self._accept_all()
                 elif isinstance(key.fileobj, socket.socket):
                     try:
                         self._listen_to(key.fileobj)
@@ -108,26 +134,29 @@ class Doorway:
         self._selector.close()
         self._listener.close()
 
-    def _accept(self) -> None:
-        try:
-            connection, _ = self._listener.accept()
-        except OSError as error:
-            logger.warning("a client of transport 'shm' was not let in: %s", error)
-            time.sleep(PAUSE_SECONDS)
-            return
-        if peer_user(connection) != os.geteuid():
-            connection.close()
-            return
-        connection.setblocking(False)
-        self._strangers.append(connection)
-        self._selector.register(connection, selectors.EVENT_READ)
-        if len(self._strangers) > MAX_STRANGERS:
-            self._dismiss(self._strangers[0])
+    def _accept_all(self) -> None:
+        for _ in range(ACCEPTED_A_TURN):
+            try:
+                connection, _ = self._listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                logger.warning("a client of transport 'shm' was not let in: %s", error)
+                time.sleep(PAUSE_SECONDS)
+                return
+            if peer_user(connection) != os.geteuid():
+                connection.close()
+                continue
+            connection.setblocking(False)
+            self._strangers[connection] = None
+            self._selector.register(connection, selectors.EVENT_READ)
+            if len(self._strangers) > MAX_STRANGERS:
+                self._dismiss(next(iter(self._strangers)))
 
     def _listen_to(self, connection: socket.socket) -> None:
         guest = self._guests.get(connection)
         try:
-            message = connection.recv(NONCE_BYTES + 1)
+            message = connection.recv(NAME_BYTES + NONCE_BYTES + 1)
         except BlockingIOError:
             return
         except OSError:
@@ -137,21 +166,29 @@ class Doorway:
         elif guest is not None:
             guest.hear(message)
         else:
-            self._strangers.remove(connection)
-            with self._lock:
-                guest = self._expected.pop(message, None)
-            if guest is None:
-                self._selector.unregister(connection)
-                connection.close()
-                return
-            self._guests[connection] = guest
-            guest.enter(connection)
+            self._hear_stranger(connection, message)
+
+    def _hear_stranger(self, connection: socket.socket, message: bytes) -> None:
+        claim = self._strangers[connection]
+        if claim is not None and is_seal(message, claim.proof):
+            del self._strangers[connection]
+            self._guests[connection] = claim.guest
+            claim.guest.enter(connection)
+            return
+        with self._lock:
+            expected = self._expected.pop(message[:NAME_BYTES], None) if claim is None else None
+        if expected is None or len(message) != NAME_BYTES + NONCE_BYTES:
+            self._dismiss(connection)
+            return
+        invitation, guest = expected
+        nonces = new_nonce(), message[NAME_BYTES:]
+        self._strangers[connection] = _Claim(guest, invitation.seal(CLIENT, self.name, *nonces))
+        connection.send(nonces[0] + invitation.seal(SERVER, self.name, *nonces))
 
     def _dismiss(self, connection: socket.socket) -> None:
         self._selector.unregister(connection)
         connection.close()
-        if connection in self._strangers:
-            self._strangers.remove(connection)
+        self._strangers.pop(connection, None)
         guest = self._guests.pop(connection, None)
         if guest is not None:
             guest.leave()
@@ -162,17 +199,17 @@ def hand_over(connection: socket.socket, descriptors: Sequence[int]) -> None:
     socket.send_fds(connection, [GREETING], descriptors)
 
 
-def enter(name: str, nonce: str) -> tuple[socket.socket, int]:
+def enter(name: str, invitation: Invitation) -> tuple[socket.socket, int]:
     """Go to a server's doorway; returns the connection and the descriptor that was handed over.
 
     Raises:
-        ConnectError: nobody is there, or it is another user, or it does not expect this client.
+        ConnectError: nobody is there, or it is another user, or it does not expect this client, or has not invited it.
     """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         connection.settimeout(CONNECT_SECONDS)
         connection.connect(ADDRESS + name)
-        descriptor = _greet(connection, nonce)
+        descriptor = _greet(connection, name, invitation)
         connection.setblocking(False)
     except OSError as error:
         connection.close()
@@ -186,10 +223,18 @@ def enter(name: str, nonce: str) -> tuple[socket.socket, int]:
     return connection, descriptor
 
 
-def _greet(connection: socket.socket, nonce: str) -> int:
+def _greet(connection: socket.socket, name: str, invitation: Invitation) -> int:
     if peer_user(connection) != os.geteuid():
         raise ConnectError(f"the server's socket belongs to user {peer_user(connection)}, not to {os.geteuid()}")
-    connection.send(nonce.encode())
+    ours = new_nonce()
+    connection.send(invitation.name + ours)
+    answer = connection.recv(NONCE_BYTES + SEAL_BYTES)
+    if not answer:
+        raise ConnectError("the server's socket was closed: it expects another client")
+    theirs = answer[:NONCE_BYTES]
+    if not is_seal(answer[NONCE_BYTES:], invitation.seal(SERVER, name, theirs, ours)):
+        raise ConnectError("who answers at the server's socket has not the key that was given over HTTP")
+    connection.send(invitation.seal(CLIENT, name, theirs, ours))
     greeting, descriptors, _, _ = socket.recv_fds(connection, MESSAGE_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
     if greeting != GREETING or len(descriptors) != 1:
         for descriptor in descriptors:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from eagle_target.rows import PackedTensors
     from eagle_target_shm.arena import Loan
+    from eagle_target_shm.doorway import Invitation
     from eagle_target_shm.transport import ShmOptions
 
     Lent = dict[str, tuple[Loan, dict[str, int]]]
@@ -63,9 +64,9 @@ class ShmServerEndpoint(ServerEndpoint):
         except BaseException:
             self._release()
             raise
-        nonce = self._doorway.expect(channel)
-        channel.on_end = lambda: self._forget(nonce)
-        return channel, {"nonce": nonce, **channel.describe()}
+        invitation = self._doorway.expect(channel)
+        channel.on_end = lambda: self._forget(invitation)
+        return channel, {"name": invitation.name.hex(), "key": invitation.key.hex(), **channel.describe()}
 
     def close(self) -> None:
         """Send every client away."""
@@ -85,8 +86,8 @@ class ShmServerEndpoint(ServerEndpoint):
         with self._lock:
             self._reserved -= self.options.max_bytes
 
-    def _forget(self, nonce: str) -> None:
-        self._doorway.forget(nonce)
+    def _forget(self, invitation: Invitation) -> None:
+        self._doorway.forget(invitation)
         self._release()
 
 
