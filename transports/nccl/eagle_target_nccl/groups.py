@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 SERVER, CLIENT = 0, 1
 # At a time between memory and socket, so that it is digested while it is in the processor's cache.
-PIECE_BYTES = 256 << 10
+PIECE_BYTES = 1 << 20
 SHORTEST_SECONDS = 0.001
 POLL_SECONDS = 0.0002
 # NCCL's own watchdog is to leave timeouts to the deadlines of transfers.

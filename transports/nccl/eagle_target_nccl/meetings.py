@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
+from eagle_target.errors import ConnectError
 from eagle_target.seals import new_key
 from eagle_target_nccl.groups import SERVER, NcclGroup, TcpGroup, new_store, proven, read_unique_id
 from eagle_target_nccl.proofs import Seals
@@ -28,6 +30,9 @@ class Meeting(ABC):
     def __init__(self, digest: Digest, timeout: float) -> None:
         self._key = new_key()
         self._deadline = time.monotonic() + timeout
+        self._lock = threading.Lock()
+        self._group: PairGroup | None = None
+        self._is_cancelled = False
         self.seals = Seals(self._key, digest)
 
     def told(self) -> dict[str, Any]:
@@ -44,11 +49,20 @@ class Meeting(ABC):
         Raises:
             TransportError: it has not.
         """
-        return proven(self._meet(), self._deadline)
+        group = self._meet()
+        with self._lock:
+            self._group, is_cancelled = group, self._is_cancelled
+        if is_cancelled:
+            group.abort()
+            raise ConnectError("the channel was closed before its client came")
+        return proven(group, self._deadline)
 
     def cancel(self) -> None:
-        """Wait for the client no more. Safe to call twice, and after it has come."""
-        return
+        """Wait for the client no more, and end the group if it is up. Safe to call twice."""
+        with self._lock:
+            self._is_cancelled, group = True, self._group
+        if group is not None:
+            group.abort()
 
     @abstractmethod
     def _place(self) -> dict[str, Any]: ...
@@ -73,6 +87,7 @@ class TcpMeeting(Meeting):
     def cancel(self) -> None:
         """Take no connection any more, and none that came too late."""
         self._gate.forget(self._visit)
+        super().cancel()
 
     def _place(self) -> dict[str, Any]:
         host = {"host": self._visit.host} if self._is_named else {}
