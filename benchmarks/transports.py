@@ -4,7 +4,7 @@
 
 Supervision of Llama-3.1-8B's sizes (153 kB a token: aux of 3 x 4096 bfloat16, probs of 32 000 float32) lies ready in
 the server; the server writes it to where the transport wants it, as a projection does. Each transport has a real server
-and real clients in processes of their own; `inprocess` has both in one. `nccl` runs over gloo: the tensors are on the
+and real clients in processes of their own; `inprocess` has both in one. `nccl` runs over TCP: the tensors are on the
 CPU.
 
 transfer   from the supervision being made to its tensors in the client's hands: the time of a request less what the

@@ -52,7 +52,7 @@ class NcclTransport(Transport):
 
     @classmethod
     def version(cls) -> str | None:
-        """torch's: it brings NCCL and gloo."""
+        """torch's: it brings NCCL."""
         try:
             return version("torch")
         except PackageNotFoundError:
