@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from eagle_target_nccl import interfaces
 from eagle_target_nccl.transport import NcclTransport
 
 from eagle_target.options import build_model
@@ -18,6 +19,8 @@ from eagle_target.testing.transports import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from eagle_target.transports import ServerEndpoint
 
 
@@ -50,8 +53,11 @@ class TestNcclTransportOnTwoDevices(TransportTensorConformance, TransportChannel
     device = "cuda:0"
 
     @pytest.fixture(autouse=True, scope="class")
-    def two_devices(self) -> None:
+    def two_devices(self) -> Iterator[None]:
         assert torch.cuda.device_count() >= 2, f"needs two CUDA devices, there are {torch.cuda.device_count()}"
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv(interfaces.SETTING, "=lo")
+            yield
 
     def join(self, endpoint: ServerEndpoint) -> ChannelPair:
         return TwoDevices(endpoint)
