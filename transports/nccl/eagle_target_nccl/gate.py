@@ -160,12 +160,15 @@ class Gate:
                     watch.close()
                     return
                 # Who has said something goes before who has just come, and may make room for it.
-                for connection in [each for each in ready if each in self._strangers]:
-                    self._hear(connection, watch)
+                heard = [self._hear(each, watch) for each in ready if each in self._strangers]
                 for listener in [each for each in ready if each in self._listeners.values()]:
                     self._accept(listener, watch)
                 self._send_late_away(watch)
+                # Shut before they are let in, where they are the last.
                 self._tidy()
+                for arrived in heard:
+                    if arrived is not None:
+                        arrived[0].arrive(arrived[1])
 
     def _accept(self, listener: socket.socket, watch: _Watch) -> None:
         for _ in range(ACCEPTED_A_TURN):
@@ -183,24 +186,25 @@ class Gate:
             self._strangers[connection] = _Stranger()
             watch.add(connection)
 
-    def _hear(self, connection: socket.socket, watch: _Watch) -> None:
+    def _hear(self, connection: socket.socket, watch: _Watch) -> tuple[Visit, socket.socket] | None:
+        """Who is here with which connection, if that is known by now."""
         stranger = self._strangers[connection]
         try:
             said = connection.recv(NAME_BYTES - len(stranger.said))
         except BlockingIOError:
-            return
+            return None
         except OSError:
             said = b""
         stranger.said += said
         if said and len(stranger.said) < NAME_BYTES:
-            return
+            return None
         visit = self._expected.pop(stranger.said, None) if said else None
         if visit is None:
             self._send_away(connection, watch)
-            return
+            return None
         del self._strangers[connection]
         watch.forget(connection)
-        visit.arrive(connection)
+        return visit, connection
 
     def _send_late_away(self, watch: _Watch) -> None:
         oldest = time.monotonic() - STRANGER_SECONDS
