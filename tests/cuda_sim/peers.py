@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import secrets
+from collections import defaultdict
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from eagle_target_nccl import interfaces
+from eagle_target_nccl.groups import SERVER, UNIQUE_ID_BYTES, UNIQUE_ID_KEY
 from torch import distributed
 
 from tests.cuda_sim.device import Spin
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import pytest
     import torch
@@ -53,20 +57,26 @@ class FakeRuntime:
 def install_peers(world: World, patch: pytest.MonkeyPatch) -> None:
     """Let `shm` share device memory, and `nccl` join two devices."""
     patch.setattr("eagle_target_shm.cuda.Runtime", lambda: FakeRuntime(world))
-    links: dict[str, _Link] = {}
+    links: defaultdict[bytes, _Link] = defaultdict(_Link)
 
     class ProcessGroupNCCL(FakeProcessGroup):
         """One end of a pair."""
 
         Options = _Options
 
-        def __init__(self, store: str, rank: int, _size: int, _options: Any) -> None:
-            super().__init__(world.machine, rank, links.setdefault(store, _Link()))
+        def __init__(self, store: Any, rank: int, _size: int, _options: Any) -> None:
+            super().__init__(world.machine, rank, lambda: links[_agree(store, rank)])
 
-    # No store is needed for two ends in one process.
-    patch.setattr("eagle_target_nccl.rendezvous.Meeting.join", lambda meeting, _timeout: meeting.prefix)
+    patch.setenv(interfaces.SETTING, "=lo")
     patch.setattr(distributed, "ProcessGroupNCCL", ProcessGroupNCCL, raising=False)
     patch.setattr(distributed, "is_nccl_available", lambda: True)
+
+
+def _agree(store: Any, rank: int) -> bytes:
+    """NCCL's id, which rank 0 leaves in its store at the first message."""
+    if rank == SERVER:
+        store.set(UNIQUE_ID_KEY, secrets.token_bytes(UNIQUE_ID_BYTES))
+    return bytes(store.get(UNIQUE_ID_KEY))
 
 
 class _Options:
@@ -107,11 +117,18 @@ class FakeProcessGroup:
     A send spins until the receive of its peer runs, and the other way round.
     """
 
-    def __init__(self, machine: Machine, rank: int, link: _Link) -> None:
+    def __init__(self, machine: Machine, rank: int, find_link: Callable[[], _Link]) -> None:
         self._machine = machine
         self._rank = rank
-        self._link = link
+        self._find_link = find_link
+        self._found: _Link | None = None
         self._queue = machine.new_queue(machine.current_device)
+
+    @property
+    def _link(self) -> _Link:
+        if self._found is None:
+            self._found = self._find_link()
+        return self._found
 
     def send(self, tensors: Sequence[CudaTensor], _peer: int, _tag: int) -> FakeWork:
         """Queue a send of one tensor."""
@@ -151,7 +168,8 @@ class FakeProcessGroup:
     def abort(self) -> None:
         """End what spins, at both ends."""
         with self._machine.lock:
-            self._link.is_aborted = True
+            if self._found is not None:
+                self._found.is_aborted = True
             self._machine.lock.notify_all()
 
     def _follow_current(self, tensor: CudaTensor) -> None:

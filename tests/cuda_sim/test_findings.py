@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from eagle_target_nccl.device_tensors import DeviceTensors
-from eagle_target_nccl.groups import PairGroup
+from eagle_target_nccl.groups import SERVER, PairGroup
 from eagle_target_nccl.outbox import Parcel
+from eagle_target_nccl.proofs import DIGESTS
 from eagle_target_nccl.transport import NcclOptions, NcclTransport
 from eagle_target_shm.cuda import SegmentPool
 from eagle_target_shm.hosts import this_host
@@ -389,13 +390,14 @@ def test_f4_the_thread_that_sends_over_nccl_is_on_the_targets_device(
     machine: Machine, peers: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    push = PairGroup.push
+    prove = PairGroup.prove
 
-    def look(*arguments: Any) -> None:
-        seen.append(torch.cuda.current_device())
-        push(*arguments)
+    def look(group: PairGroup, deadline: float) -> None:
+        if group.rank == SERVER:
+            seen.append(torch.cuda.current_device())
+        prove(group, deadline)
 
-    monkeypatch.setattr(PairGroup, "push", look)
+    monkeypatch.setattr(PairGroup, "prove", look)
     endpoint = NcclTransport.listen(NcclOptions())
     client = NcclTransport.connect(
         NcclOptions(), endpoint.offer(), MemoryControl(endpoint, device="cuda:1", target_device="cuda:3")
@@ -420,10 +422,10 @@ def test_f4_below_the_entrances_a_device_without_a_number_is_refused(machine: Ma
             with pytest.raises(ConnectError, match="name its number"):
                 transport.connect(options, endpoint.offer(), control)
             endpoint.close()
-    hello = {**this_host(), "backend": "nccl", "target_device": "cuda", "address": "127.0.0.1", "gpu": "another"}
+    hello = {**this_host(), "backend": "nccl", "target_device": "cuda", "digest": DIGESTS[0], "gpu": "another"}
     for endpoint in (ShmTransport.listen(ShmOptions()), NcclTransport.listen(NcclOptions())):
         with pytest.raises(ConnectError, match="number"):
-            endpoint.accept(hello)
+            endpoint.accept(hello, reached_at="127.0.0.1")
         endpoint.close()
 
 
