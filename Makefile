@@ -21,13 +21,15 @@ export UV_EXTRA_INDEX_URL := $(TORCH_INDEX_URL)
 export UV_INDEX_STRATEGY := unsafe-best-match
 endif
 
-.PHONY: help env demo test test-core test-vllm test-sglang test-engines lint docs bench-wire bench-projection bench-transports \
-	bench-vllm bench-vllm-layouts bench-sglang bench-server bench-fingerprint sweep-architectures soak fuzz faults clean
+.PHONY: help env demo test test-core test-cuda-sim test-cuda-sim-mutants test-vllm test-sglang test-engines lint docs \
+	bench-wire bench-projection bench-transports bench-vllm bench-vllm-layouts bench-sglang bench-server \
+	bench-fingerprint sweep-architectures soak fuzz faults clean
 
 help:
 	@sed -n 's/^# //p' Makefile
-	@echo "targets: env demo test test-core test-vllm test-sglang test-engines lint docs bench-wire bench-projection"
-	@echo "         bench-transports bench-vllm bench-vllm-layouts bench-sglang bench-server bench-fingerprint sweep-architectures soak fuzz faults clean"
+	@echo "targets: env demo test test-core test-cuda-sim test-cuda-sim-mutants test-vllm test-sglang test-engines lint docs"
+	@echo "         bench-wire bench-projection bench-transports bench-vllm bench-vllm-layouts bench-sglang bench-server"
+	@echo "         bench-fingerprint sweep-architectures soak fuzz faults clean"
 
 env: $(READY)
 
@@ -41,11 +43,18 @@ demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 test: lint
-	$(BIN)/python -m pytest -n 2
-	$(MAKE) test-vllm test-sglang test-engines
+	$(BIN)/python -m pytest -n 2 --ignore tests/cuda_sim
+	$(MAKE) test-cuda-sim test-vllm test-sglang test-engines
 
 test-core: $(READY)
 	$(BIN)/python -m pytest tests/core tests/vocab tests/test_tensor_format.py tests/test_config.py tests/test_plugins.py
+
+# What a class loads once stays on one worker.
+test-cuda-sim: $(READY)
+	$(BIN)/python -m pytest tests/cuda_sim -n 2 --dist loadscope --cuda-sim-seeds 20
+
+test-cuda-sim-mutants: $(READY)
+	$(BIN)/python -m tests.cuda_sim.mutants
 
 $(VLLM)/.ready: $(READY) $(wildcard adapters/vllm/environment/*)
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh adapters/vllm/environment/make.sh $(VLLM)

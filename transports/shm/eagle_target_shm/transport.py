@@ -34,7 +34,7 @@ class ShmOptions(PluginOptions):
         default=1 << 30,
         ge=1 << 16,
         description="Device memory a client may have, in bytes, where target and client have GPUs. It is taken when "
-        "the client comes.",
+        "the client comes, and kept for the next one.",
     )
     send_timeout: float = Field(
         default=30.0, gt=0, description="Seconds an answer waits for the client to let go of earlier ones."
