@@ -34,7 +34,6 @@ CUDA_TYPE, META_TYPE, DEVICE_TYPES = 1, 14, 16
 
 def install(world: World, patch: pytest.MonkeyPatch) -> None:
     """Have torch see the devices of a machine, in this thread and those that it starts."""
-    _let_torch_guard_cuda()
     machine, memory = world.machine, world.memory
     stream_class: Any = type("Stream", (FakeStream,), {"machine": machine})
     event_class: Any = type("Event", (FakeEvent,), {"machine": machine, "exported": {}})
@@ -117,15 +116,22 @@ class Cudart:
         return f"error {status}"
 
 
-def _let_torch_guard_cuda() -> None:
-    """Give torch a guard for CUDA devices that does nothing: builds for the CPU have none, and look for one.
+@contextmanager
+def _guarding() -> Iterator[None]:
+    """Give torch a guard for CUDA devices that does nothing: builds for the CPU have none and look for one.
 
     The guard of meta devices is one.
     """
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     guards = (ctypes.c_void_p * DEVICE_TYPES).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
-    if guards[CUDA_TYPE] is None:
-        guards[CUDA_TYPE] = guards[META_TYPE]
+    before = guards[CUDA_TYPE]
+    guards[CUDA_TYPE] = guards[META_TYPE]
+    try:
+        yield
+    finally:
+        if before is not None:
+            # A build for CUDA: tensors of the fake that are still there on other builds go on to find one.
+            guards[CUDA_TYPE] = before
 
 
 def _patch_as_tensor(world: World, patch: pytest.MonkeyPatch) -> None:
@@ -161,7 +167,7 @@ def _patch_threads(world: World, patch: pytest.MonkeyPatch) -> None:
 def fake_cuda(seed: int, devices: int = 4) -> Iterator[World]:
     """A machine whose queues run in the order of the seed; torch sees its devices inside, in threads started there."""
     world = World(Machine(seed, devices))
-    with pytest.MonkeyPatch.context() as patch:
+    with _guarding(), pytest.MonkeyPatch.context() as patch:
         install(world, patch)
         with _seeing(world):
             yield world
