@@ -14,6 +14,7 @@ from eagle_target.checkpoints.report import LoadReport, refusal, require_whole
 from eagle_target.devices import resolve_device
 from eagle_target.errors import AdapterError
 from eagle_target_hf.head import is_plain
+from eagle_target_hf.tables import restore_tables
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,6 +56,8 @@ def load_model(model: str, options: HFOptions) -> Any:
         report.add(info)
         stored = stored or _stored(_folder(model, options), config)
         require_whole(model, loaded, report, stored, is_quantised=is_quantised)
+        if type(loaded).__module__.startswith("transformers_modules"):
+            restore_tables(loaded)
         _require_values(model, loaded)
         _own_weights(loaded)
         return loaded if placement else loaded.to(_device(options))
