@@ -36,7 +36,7 @@ from eagle_target.errors import EagleTargetError
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-SECONDS = 180.0
+SECONDS = 600.0
 MEMORY_BYTES = 8 << 30
 LENGTHS = (5, 11, 1, 11, 9, 3, 20)
 TOLERANCE = 1e-3

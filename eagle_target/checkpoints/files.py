@@ -91,6 +91,12 @@ def read_stored(folder: Path, file_name: str | None = None) -> dict[str, StoredT
     return stored
 
 
+def has_all_files(folder: Path, file_name: str | None = None) -> bool:
+    """Whether there are weights, and every file of them is there; arguments as for `read_stored`."""
+    files = _weight_files(folder, file_name)
+    return bool(files) and all(path.exists() for path in files)
+
+
 def faults_of_files(stored: Mapping[str, StoredTensor], *, names: Collection[str], is_quantised: bool) -> list[str]:
     """What cannot be right, whatever loads it.
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eagle_target.checkpoints.files import TORCH_DTYPES, is_scale_like, list_names, read_stored
+from eagle_target.checkpoints.files import TORCH_DTYPES, has_all_files, is_scale_like, list_names, read_stored
 from eagle_target.checkpoints.report import LoadReport, fault_of_scales, refusal, require_whole
 from eagle_target.errors import AdapterError
 
@@ -62,7 +62,7 @@ def _check(name: str, *, revision: str | None, trust_remote_code: bool) -> str:
 
     config = transformers.AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     folder = find_folder(name, revision)
-    stored = {} if folder is None else read_stored(folder, getattr(config, "transformers_weights", None))
+    stored = stored_weights(name, config, folder)
     if folder is None or not stored:
         return "its files are not here"
     is_quantised = _is_quantised(config, folder)
@@ -90,6 +90,18 @@ def find_folder(name: str, revision: str | None) -> Path | None:
 
     found = try_to_load_from_cache(name, "config.json", revision=revision)
     return Path(found).parent if isinstance(found, str) else None
+
+
+def stored_weights(name: str, config: Any, folder: Path | None) -> dict[str, StoredTensor]:
+    """What the files of a path or a hub id hold; empty where they are not all fetched yet.
+
+    Raises:
+        AdapterError: files of a path that its index names are not there, or one is cut short.
+    """
+    file_name = getattr(config, "transformers_weights", None)
+    if folder is None or not (Path(name).is_dir() or has_all_files(folder, file_name)):
+        return {}
+    return read_stored(folder, file_name)
 
 
 def auto_class(config: Any) -> Any:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 
-from eagle_target.checkpoints.files import list_names, read_stored
-from eagle_target.checkpoints.loading import auto_class, find_folder, load_report, require_known_quantisation
+from eagle_target.checkpoints.files import list_names
+from eagle_target.checkpoints.loading import (
+    auto_class,
+    find_folder,
+    load_report,
+    require_known_quantisation,
+    stored_weights,
+)
 from eagle_target.checkpoints.report import LoadReport, refusal, require_whole
 from eagle_target.devices import resolve_device
 from eagle_target.errors import AdapterError
@@ -18,9 +26,7 @@ from eagle_target_hf.tables import restore_tables
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
-    from eagle_target.checkpoints.files import StoredTensor
     from eagle_target_hf.options import HFOptions
 
 
@@ -43,7 +49,7 @@ def load_model(model: str, options: HFOptions) -> Any:
         config = transformers.AutoConfig.from_pretrained(model, **source)
         folder = _folder(model, options)
         is_quantised = require_known_quantisation(model, config, folder)
-        stored = _stored(folder, config)
+        stored = stored_weights(model, config, folder)
         with load_report(report):
             loaded, info = _class_for(config).from_pretrained(
                 model,
@@ -54,7 +60,8 @@ def load_model(model: str, options: HFOptions) -> Any:
                 **source,
             )
         report.add(info)
-        stored = stored or _stored(_folder(model, options), config)
+        # Files of the Hub are here by now.
+        stored = stored or stored_weights(model, config, find_folder(model, options.revision))
         require_whole(model, loaded, report, stored, is_quantised=is_quantised)
         if type(loaded).__module__.startswith("transformers_modules"):
             restore_tables(loaded)
@@ -98,16 +105,15 @@ def _require_values(model: str, loaded: torch.nn.Module) -> None:
         )
 
 
-def _stored(folder: Path | None, config: Any) -> dict[str, StoredTensor]:
-    return {} if folder is None else read_stored(folder, getattr(config, "transformers_weights", None))
-
-
 def _folder(model: str, options: HFOptions) -> Path | None:
-    """Where the checkpoint lies.
+    """Where the checkpoint lies, with what may lie beside its weights.
 
     Raises:
         AdapterError: it is an adapter over another model.
     """
+    if not Path(model).is_dir():
+        for name in ("adapter_config.json", "hf_quant_config.json"):
+            _fetch(model, name, options)
     folder = find_folder(model, options.revision)
     if folder is not None and (folder / "adapter_config.json").exists():
         raise AdapterError(
@@ -115,6 +121,14 @@ def _folder(model: str, options: HFOptions) -> Path | None:
             "save_pretrained) and load that"
         )
     return folder
+
+
+def _fetch(model: str, name: str, options: HFOptions) -> None:
+    """Have a file of the Hub here that transformers would not fetch, if there is one."""
+    with suppress(OSError):
+        transformers.utils.cached_file(
+            model, name, revision=options.revision, local_files_only=options.local_files_only
+        )
 
 
 def _without_memory(model: torch.nn.Module) -> Iterator[str]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -340,3 +343,50 @@ def test_what_is_left_over_is_said_once(tmp_path: Path, caplog: pytest.LogCaptur
         load(path)
 
     assert [record.levelname for record in caplog.records if "score.weight" in record.getMessage()] == ["INFO"]
+
+
+LOAD_FROM_CACHE = """
+import sys, torch
+from eagle_target.checkpoints.loading import check_checkpoint
+from eagle_target_hf import HFAdapter, HFOptions
+torch.set_num_threads(1)
+print("checked", check_checkpoint("somebody/model"))
+HFAdapter.load("somebody/model", HFOptions(device="cpu"))
+print("loaded")
+"""
+
+
+@pytest.mark.parametrize(
+    ("gone", "added", "says"),
+    [
+        (None, None, "checked True\nloaded"),
+        # Half of a download: nothing is wrong with the checkpoint, and the loader fetches the rest.
+        ("model-00002-of-", None, "checked False"),
+        (None, "adapter_config.json", "has a PEFT adapter"),
+    ],
+    ids=["whole", "half fetched", "adapter"],
+)
+def test_a_hub_model_is_looked_at_once_it_is_here(
+    gone: str | None, added: str | None, says: str, tmp_path: Path
+) -> None:
+    repository = tmp_path / "models--somebody--model"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    tiny.build("llama").save_pretrained(snapshot, max_shard_size="50KB")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    for path in snapshot.iterdir():
+        if gone is not None and path.name.startswith(gone):
+            path.unlink()
+    if added is not None:
+        (snapshot / added).write_text("{}")
+
+    result = subprocess.run(
+        [sys.executable, "-c", LOAD_FROM_CACHE],
+        env=os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert says in result.stdout + result.stderr
+    assert (result.returncode == 0) == (gone is None and added is None)
