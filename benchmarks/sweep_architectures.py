@@ -168,7 +168,7 @@ def require_states(model: Any) -> None:
     Raises:
         ValueError: it gives no hidden states to compare with.
     """
-    if not run(model, torch.arange(3, 8)).hidden_states:
+    if not run(model, torch.arange(3, 11)).hidden_states:
         raise ValueError("its own forward gives no hidden states to compare with")
 
 
@@ -228,9 +228,9 @@ def examine_apart(name: str, kind: str, config_class: type[Any]) -> Outcome:
 def write_page(outcomes: list[Outcome]) -> None:
     """Put what came out between the marks of the page."""
     lines = [f"transformers {transformers.__version__}, {len(outcomes)} classes.", ""]
-    for outcome in reversed(OUTCOMES):
+    for outcome in OUTCOMES:
         found = [each for each in outcomes if each.outcome == outcome]
-        lines += [f"#### {outcome.capitalize()}: {len(found)}", ""]
+        lines += [f"### {outcome.capitalize()}: {len(found)}", ""]
         if outcome == "equal":
             names = [f"{each.name}{' (as a module)' if 'as a module' in each.note else ''}" for each in found]
             lines += [*textwrap.wrap(", ".join(names), 120), ""]
