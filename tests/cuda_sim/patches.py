@@ -103,7 +103,8 @@ class Cudart:
         self._world = world
 
     def cudaHostRegister(self, address: int, size: int, _flags: int) -> int:  # noqa: N802
-        """Pin memory."""
+        """Pin memory, in the context of the current device."""
+        self._world.machine.touch(self._world.machine.current_device)
         self._world.pinned.register(address, size)
         return 0
 
