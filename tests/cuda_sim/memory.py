@@ -117,26 +117,29 @@ class DeviceMemory:
 
 
 class PinnedMemory:
-    """Which CPU tensors are pinned."""
+    """Which CPU tensors are pinned. registered: addresses that cudaHostRegister pinned."""
 
     def __init__(self) -> None:
         self._storages: dict[int, int] = {}
+        self.registered: set[int] = set()
 
     def make(self, tensor: torch.Tensor) -> torch.Tensor:
         """Have a new tensor be pinned, poisoned as new memory is."""
         storage = tensor.untyped_storage()
         if storage.nbytes():
             _poison(torch.empty(0, dtype=torch.uint8).set_(storage))
-            self.register(storage.data_ptr(), storage.nbytes())
+            self._storages[storage.data_ptr()] = storage.nbytes()
             weakref.finalize(storage, self._storages.pop, storage.data_ptr(), None).atexit = False
         return tensor
 
     def register(self, address: int, size: int) -> None:
         """CudaHostRegister."""
         self._storages[address] = size
+        self.registered.add(address)
 
     def unregister(self, address: int) -> bool:
         """cudaHostUnregister; whether it was registered."""
+        self.registered.discard(address)
         return self._storages.pop(address, None) is not None
 
     def has(self, tensor: torch.Tensor) -> bool:
