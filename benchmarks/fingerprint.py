@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy
 
 from benchmarks.report import describe_machine, print_result, print_table, spread
-from eagle_target.weights_digest import BLOCK_BYTES, checkpoint_digest, sampled_blocks
+from eagle_target.checkpoints.digest import BLOCK_BYTES, checkpoint_digest, sampled_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable

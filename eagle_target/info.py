@@ -15,7 +15,8 @@ class TargetInfo(BaseModel):
     model: str = Field(description="Path or hub id the target was loaded from.")
     revision: str | None = Field(default=None, description="Hub revision, where one was asked for.")
     weights: str | None = Field(
-        default=None, description="Digest of the weights and the config, see `weights_digest`; None where not known."
+        default=None,
+        description="Digest of weights and config, see `checkpoints.digest`; None where not known.",
     )
     num_layers: int = Field(description="Decoder layers.")
     hidden_size: int = Field(description="Width of the residual stream.")

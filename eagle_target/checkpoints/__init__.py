@@ -1,1 +1,1 @@
-"""Whether a checkpoint is whole: its files, and what transformers makes of them."""
+"""Checkpoints: whether one is whole, and which one it is."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eagle_target.errors import AdapterError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
-    from pathlib import Path
 
 _NAMES_SHOWN = 4
 # In the order in which transformers looks for them.
@@ -67,6 +67,23 @@ class StoredTensor:
 
     dtype: str
     shape: tuple[int, ...]
+
+
+def find_folder(name: str, revision: str | None) -> Path | None:
+    """Where the files of a path or a hub id lie on this machine; None if they are not here."""
+    path = Path(name)
+    if path.exists():
+        return path if path.is_dir() else None
+    try:
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+    except ImportError:
+        return None
+    try:
+        found = try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def read_stored(folder: Path, file_name: str | None = None) -> dict[str, StoredTensor]:

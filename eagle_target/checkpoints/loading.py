@@ -9,7 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eagle_target.checkpoints.files import TORCH_DTYPES, has_all_files, is_scale_like, list_names, read_stored
+from eagle_target.checkpoints.files import (
+    TORCH_DTYPES,
+    find_folder,
+    has_all_files,
+    is_scale_like,
+    list_names,
+    read_stored,
+)
 from eagle_target.checkpoints.report import LoadReport, fault_of_scales, refusal, require_whole
 from eagle_target.errors import AdapterError
 
@@ -80,16 +87,6 @@ def _check(name: str, *, revision: str | None, trust_remote_code: bool) -> str:
         report = report.without_quantised()
     require_whole(name, model, report, stored, is_quantised=is_quantised)
     return ""
-
-
-def find_folder(name: str, revision: str | None) -> Path | None:
-    """Where the files of a path or a hub id lie on this machine; None if they are not here."""
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(name, "config.json", revision=revision)
-    return Path(found).parent if isinstance(found, str) else None
 
 
 def stored_weights(name: str, config: Any, folder: Path | None) -> dict[str, StoredTensor]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from eagle_target.checkpoints.digest import checkpoint_digest
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.colocated import RunnerEagle3TargetModel
 from eagle_target.errors import AdapterError, ContractError, EagleTargetError
@@ -16,7 +17,6 @@ from eagle_target.testing.adapter_oracle import assert_near, check_batch, padded
 from eagle_target.testing.adapter_suite import AUX, DRAFT_VOCAB, AdapterSuite
 from eagle_target.testing.server import loopback_server
 from eagle_target.testing.tiny import shuffled_mapping
-from eagle_target.weights_digest import checkpoint_digest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -47,7 +47,7 @@ class HFAdapter(Adapter):
         del aux_layer_ids
         if not isinstance(options, HFOptions):
             raise ConfigError(f"adapter 'hf' takes HFOptions, got {type(options).__name__}")
-        from eagle_target.weights_digest import checkpoint_digest, digest_after_loading, hub_commit
+        from eagle_target.checkpoints.digest import checkpoint_digest, digest_after_loading, hub_commit
         from eagle_target_hf.loading import load_model
         from eagle_target_hf.runner import HFTargetRunner
 

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from eagle_target.checkpoints.files import list_names
+from eagle_target.checkpoints.files import find_folder, list_names
 from eagle_target.checkpoints.loading import (
     auto_class,
-    find_folder,
     load_report,
     require_known_quantisation,
     stored_weights,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from eagle_target.checkpoints.digest import module_digest
 from eagle_target.errors import AdapterError
 from eagle_target.info import TargetInfo
 from eagle_target.layers import validate_aux_layer_ids
-from eagle_target.weights_digest import module_digest
 from eagle_target_hf.architecture import find_architecture
 from eagle_target_hf.batching import plan_batches
 from eagle_target_hf.execution import run_batches

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from eagle_target.checkpoints.digest import checkpoint_digest, digest_after_loading
 from eagle_target.errors import AdapterError, ConfigError
-from eagle_target.weights_digest import checkpoint_digest, digest_after_loading
 from eagle_target_sglang.failures import engine_call
 
 if TYPE_CHECKING:

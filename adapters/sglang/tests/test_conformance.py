@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import pytest
 from eagle_target_sglang import SGLangAdapter
 
+from eagle_target.checkpoints.digest import checkpoint_digest
+from eagle_target.testing.adapter_checkpoints import WholeCheckpointConformance
 from eagle_target.testing.adapter_served import ServedAdapterConformance
 from eagle_target.testing.adapters import AdapterConformance, BFloat16Adapter
-from eagle_target.weights_digest import checkpoint_digest
 
 if TYPE_CHECKING:
     from eagle_target.testing.adapter_suite import LoadedTarget
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.engine_sglang, pytest.mark.filterwarnings("default")]
 
 
-class TestSGLangAdapter(AdapterConformance, BFloat16Adapter):
+class TestSGLangAdapter(AdapterConformance, BFloat16Adapter, WholeCheckpointConformance):
     adapter = SGLangAdapter
     # A second engine of a process is refused, and the suite loads several.
     options: ClassVar[dict[str, Any]] = {"in_process": False}

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import vllm
 
+from eagle_target.checkpoints.digest import hub_commit
 from eagle_target.errors import AdapterError, EngineDead
 from eagle_target.info import TargetInfo
 from eagle_target.layers import validate_aux_layer_ids
 from eagle_target.runner import DraftHead, TargetForward
-from eagle_target.weights_digest import hub_commit
 from eagle_target_vllm.blocks import BlockPool
 from eagle_target_vllm.connector import state_ids
 from eagle_target_vllm.failures import engine_call, is_dead

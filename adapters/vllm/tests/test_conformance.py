@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from eagle_target_vllm import VLLMAdapter
 
+from eagle_target.checkpoints.digest import checkpoint_digest
+from eagle_target.testing.adapter_checkpoints import WholeCheckpointConformance
 from eagle_target.testing.adapter_served import ServedAdapterConformance
 from eagle_target.testing.adapter_suite import AdapterSuite
 from eagle_target.testing.adapters import AdapterConformance, BFloat16Adapter
-from eagle_target.weights_digest import checkpoint_digest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,7 +30,7 @@ class OnVLLM(AdapterSuite):
         return super().make_checkpoint(folder, **{"heads": 2, "kv_heads": 1, **sizes})
 
 
-class TestVLLMAdapter(OnVLLM, AdapterConformance, BFloat16Adapter):
+class TestVLLMAdapter(OnVLLM, AdapterConformance, BFloat16Adapter, WholeCheckpointConformance):
     """Eager, for the suite changes layers; compiled it is served, below."""
 
     options: ClassVar[dict[str, Any]] = {**OnVLLM.options, "enforce_eager": True}

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import xxhash
 
+from eagle_target.checkpoints.files import find_folder
 from eagle_target.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -68,16 +69,20 @@ def checkpoint_digest(
         options: what else decides the values, as the engine was told it; None among them counts as not said.
 
     Returns:
-        None where the files are not on this machine's disk.
+        None where the files are not on this machine's disk, or not all of a hub's are.
 
     Raises:
         AdapterError: a file is missing or shorter than it says, or is no checkpoint's.
     """
-    place = checkpoint_place(model, revision)
+    place = Path(model) if Path(model).is_file() else find_folder(model, revision)
     if place is None:
         return None
+    files = _weight_files(place)
+    if not Path(model).exists() and not (files and all(path.exists() for path in files)):
+        # A hub's files that are still to be fetched.
+        return None
     try:
-        parts = [part for path in _weight_files(place) for part in _weights_of(path)]
+        parts = [part for path in files for part in _weights_of(path)]
         parts.sort(key=lambda part: part.name)
         total = sum(part.nbytes for part in parts)
         state = xxhash.xxh3_128(json.dumps(_settings(place, options or {}), sort_keys=True).encode())
@@ -96,13 +101,14 @@ def digest_after_loading(
     """The digest once more, right after an engine read the files.
 
     Args:
-        before: `checkpoint_digest` from just before; None where the files were not here yet.
+        before: `checkpoint_digest` from just before. Files of a hub are not compared with it: they may have been
+            fetched meanwhile, and a commit's do not change.
 
     Raises:
         AdapterError: it is another, so nobody knows which bytes the engine read.
     """
     after = checkpoint_digest(model, revision=revision, options=options)
-    if before is not None and after != before:
+    if Path(model).exists() and after != before:
         raise AdapterError(f"the files of {model!r} changed while they were loaded: load it again once they are whole")
     return after
 
@@ -123,25 +129,9 @@ def module_digest(module: torch.nn.Module) -> str:
     return state.hexdigest()
 
 
-def checkpoint_place(model: str, revision: str | None = None) -> Path | None:
-    """The folder or file of a checkpoint on this machine; None where there is none."""
-    path = Path(model)
-    if path.exists():
-        return path
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-    except ImportError:
-        return None
-    try:
-        return Path(snapshot_download(model, revision=revision, local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError):
-        return None
-
-
 def hub_commit(model: str, revision: str | None = None) -> str | None:
     """The commit of a hub id's files in the local cache; `revision` where that cannot be told."""
-    place = None if Path(model).exists() else checkpoint_place(model, revision)
+    place = None if Path(model).exists() else find_folder(model, revision)
     return place.name if place is not None and place.parent.name == "snapshots" else revision
 
 

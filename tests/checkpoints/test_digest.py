@@ -10,10 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eagle_target import weights_digest
+from eagle_target.checkpoints import digest
+from eagle_target.checkpoints.digest import (
+    checkpoint_digest,
+    digest_after_loading,
+    hub_commit,
+    module_digest,
+    sampled_blocks,
+)
 from eagle_target.errors import AdapterError
 from eagle_target.testing.tiny import save_tiny_target
-from eagle_target.weights_digest import checkpoint_digest, hub_commit, module_digest, sampled_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -143,9 +149,9 @@ def test_a_second_copy_of_the_weights_does_not_matter(checkpoint: Path) -> None:
 
 
 def test_large_checkpoints_are_sampled(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights_digest, "WHOLE_BYTES", 0)
-    monkeypatch.setattr(weights_digest, "WHOLE_TENSOR_BYTES", 4096)
-    monkeypatch.setattr(weights_digest, "BLOCKS", 0)
+    monkeypatch.setattr(digest, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(digest, "WHOLE_TENSOR_BYTES", 4096)
+    monkeypatch.setattr(digest, "BLOCKS", 0)
     seen = {digest_of(checkpoint)}
     ends = {"model.norm.weight": 5, "lm_head.weight": 0, "model.embed_tokens.weight": -1}
     for name, position in ends.items():
@@ -169,7 +175,7 @@ def test_blocks_are_spread_over_a_tensor_and_bounded_in_all() -> None:
     starts = [sampled_blocks(nbytes, sum(tensors)) for nbytes in tensors]
     assert all(each is not None and each[0] == 0 and each[-1] == (235 << 20) - 4096 for each in starts)
     assert all(each == sorted(set(each)) for each in starts if each is not None)
-    assert sum(len(each or []) for each in starts) <= weights_digest.BLOCKS
+    assert sum(len(each or []) for each in starts) <= digest.BLOCKS
     assert sampled_blocks(235 << 20, 1 << 29) is None
     assert sampled_blocks(8192, 1 << 40) is None
 
@@ -248,9 +254,9 @@ def test_a_module_is_what_is_in_its_memory() -> None:
 
 
 def test_a_large_module_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights_digest, "WHOLE_BYTES", 0)
-    monkeypatch.setattr(weights_digest, "WHOLE_TENSOR_BYTES", 4096)
-    monkeypatch.setattr(weights_digest, "BLOCKS", 0)
+    monkeypatch.setattr(digest, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(digest, "WHOLE_TENSOR_BYTES", 4096)
+    monkeypatch.setattr(digest, "BLOCKS", 0)
     changed = module()
     with torch.no_grad():
         changed.get_parameter("0.weight")[-1, -1] += 1
@@ -260,3 +266,26 @@ def test_a_large_module_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_has_no_memory_counts_with_its_shape() -> None:
     assert module_digest(module().to("meta")) == module_digest(module(1).to("meta"))
     assert module_digest(module().to("meta")) != module_digest(module())
+
+
+@pytest.mark.parametrize("missing", [["model.safetensors"], ["model-1.safetensors"]])
+def test_a_hub_s_files_that_are_still_to_be_fetched_are_not_known(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: list[str]
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    snapshot = tmp_path / "cache" / "models--some--model" / "snapshots" / ("a" * 40)
+    (snapshot.parents[1] / "refs").mkdir(parents=True)
+    (snapshot.parents[1] / "refs" / "main").write_text("a" * 40)
+    if missing == ["model-1.safetensors"]:
+        split_into_shards(checkpoint)
+    shutil.copytree(checkpoint, snapshot)
+    whole = checkpoint_digest("some/model")
+    for name in missing:
+        (snapshot / name).unlink()
+    before = checkpoint_digest("some/model")
+    shutil.copytree(checkpoint, snapshot, dirs_exist_ok=True)
+
+    assert before is None
+    assert digest_after_loading(before, "some/model") == whole
