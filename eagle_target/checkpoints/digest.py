@@ -90,8 +90,12 @@ def checkpoint_digest(
             samples = readers.map(lambda part: _read_samples(part, total), parts)
             for part, sample in zip(parts, samples, strict=True):
                 state.update(f"{part.name} {part.kind} {part.nbytes} {sample}\n".encode())
+    except FileNotFoundError as error:
+        raise AdapterError(
+            f"{error.filename} is not there, though the checkpoint's index names it: copy it again"
+        ) from error
     except OSError as error:
-        raise AdapterError(f"the checkpoint in {place} cannot be read: {error}") from error
+        raise AdapterError(f"could not load {place}: {error}") from error
     return state.hexdigest()
 
 
@@ -205,7 +209,7 @@ def _weights_of(path: Path) -> Iterator[Weights]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(MAX_HEADER_BYTES, size):
-                raise AdapterError(f"{path} does not start like a safetensors file: was it downloaded whole?")
+                raise AdapterError(f"could not load {path}, it does not start like a safetensors file: copy it again")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         for name, entry in header.items():
@@ -217,7 +221,7 @@ def _weights_of(path: Path) -> Iterator[Weights]:
                 )
             yield Weights(name, f"{entry['dtype']} {entry['shape']}", path, 8 + length + start, end - start)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise AdapterError(f"{path} is no safetensors file: {type(error).__name__}: {error}") from error
+        raise AdapterError(f"could not load {path}, copy it again: {type(error).__name__}: {error}") from error
 
 
 def _read_samples(part: Weights, total: int) -> str:

@@ -193,14 +193,14 @@ def test_a_file_that_was_cut_off_is_refused_by_name(checkpoint: Path, cut: int) 
 @pytest.mark.parametrize("content", [b"", b"12345678", (40).to_bytes(8, "little") + b"x" * 40])
 def test_what_is_no_safetensors_file_is_refused_by_name(checkpoint: Path, content: bytes) -> None:
     (checkpoint / "model.safetensors").write_bytes(content)
-    with pytest.raises(AdapterError, match=r"model\.safetensors (does not start like|is no) "):
+    with pytest.raises(AdapterError, match=r"could not load .*model\.safetensors, "):
         digest_of(checkpoint)
 
 
 def test_a_missing_shard_is_refused_by_name(checkpoint: Path) -> None:
     split_into_shards(checkpoint)
     (checkpoint / "model-1.safetensors").unlink()
-    with pytest.raises(AdapterError, match=r"model-1\.safetensors"):
+    with pytest.raises(AdapterError, match=r"model-1\.safetensors is not there"):
         digest_of(checkpoint)
 
 
