@@ -29,6 +29,8 @@ from eagle_target.errors import ConnectError, ContractError
 from eagle_target.pinned import PinnedPool
 from eagle_target.requesting import BatchForm, RequestingBackend
 from eagle_target.rows import PackedTensors, RowStore
+from eagle_target.server.answering import AnswerStage
+from eagle_target.server.forwards import ForwardStage
 from eagle_target.server.stages import DeviceOrder
 from eagle_target.testing.tiny import EmbeddingRunner, shuffled_mapping
 from eagle_target.testing.transport_harness import ChannelPair, MemoryBody, MemoryControl
@@ -40,6 +42,8 @@ from tests.server.cases import assert_same_tensors, engine, expected_of, request
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from eagle_target.server.forwards import Forwarded
+    from eagle_target.server.jobs import Part
     from eagle_target.transports import ServerEndpoint
     from tests.cuda_sim.device import Gate, Machine
     from tests.cuda_sim.tensors import World
@@ -374,8 +378,23 @@ def test_f4_attempts_of_a_hedged_request_have_the_clients_device_as_their_curren
 
 @IN_PLAIN_ORDERS
 @pytest.mark.parametrize("supervises", [False, True])
-def test_f4_threads_of_a_server_are_on_its_targets_device(machine: Machine, supervises: bool) -> None:
+def test_f4_threads_of_a_server_are_on_its_targets_device(
+    machine: Machine, supervises: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runner = SupervisingDeviceRunner if supervises else DeviceRunner
+    seen: dict[str, int] = {}
+    start, answer = ForwardStage.run, AnswerStage.handle
+
+    def look(stage: ForwardStage, parts: Sequence[Part]) -> None:
+        seen["engine"] = torch.cuda.current_device()
+        start(stage, parts)
+
+    def look_again(stage: AnswerStage, forwarded: Forwarded) -> None:
+        seen["projection"] = torch.cuda.current_device()
+        answer(stage, forwarded)
+
+    monkeypatch.setattr(ForwardStage, "run", look)
+    monkeypatch.setattr(AnswerStage, "handle", look_again)
     one, two = request_of([5]), request_of([5, 7])
     assert torch.equal(one.input_ids, two.input_ids[:5])
     with machine.in_process("server"), engine(lambda: runner("cuda:3"), cache_bytes=1 << 20) as server:
@@ -383,6 +402,7 @@ def test_f4_threads_of_a_server_are_on_its_targets_device(machine: Machine, supe
         for request in (one, two, one):
             server.submit(request).result(30)
     assert machine.contexts == {("server", 3)}
+    assert seen == {"engine": 3, "projection": 3}
 
 
 @IN_ONE_ORDER

@@ -88,7 +88,7 @@ def test_draft_head_and_embedding_are_whole(runner: TargetRunner, checkpoint: Pa
     assert torch.equal(runner.input_embedding_weight(), oracle.input_embedding())
 
 
-def test_bfloat16_of_two_workers_is_no_further_from_float32_than_transformers(tmp_path: Path) -> None:
+def test_bfloat16_of_two_workers_is_no_further_from_float32_than_two_roundings(tmp_path: Path) -> None:
     checkpoint = save_model("llama-odd-vocabulary", tmp_path, dtype=torch.bfloat16)
     sequences = [ids for seed in range(2) for ids in draw_sequences(ODD_VOCAB, seed=seed)]
     options = VLLMOptions(kv_cache_memory_bytes=64 << 20, tensor_parallel_size=2, enforce_eager=True)
@@ -100,7 +100,8 @@ def test_bfloat16_of_two_workers_is_no_further_from_float32_than_transformers(tm
     exact = run_transformers(checkpoint, sequences, AUX, torch.float32)
     rounded = run_transformers(checkpoint, sequences, AUX, torch.bfloat16)
 
-    assert_no_further(given, rounded, exact)
+    # Each worker rounds its share of a sum, and the sum of the shares is rounded once more.
+    assert_no_further(given, rounded, exact, roundings=2)
 
 
 def test_z_a_dead_worker_is_told_within_seconds(runner: TargetRunner) -> None:
