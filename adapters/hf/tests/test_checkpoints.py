@@ -90,6 +90,13 @@ def as_packed(*endings: str) -> Callable[[Weights], object]:
     return change
 
 
+def assert_refused(checkpoint: str, says: str) -> None:
+    with pytest.raises(AdapterError) as caught:
+        load(checkpoint)
+
+    assert says in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("layout", "stored", "name"),
     [
@@ -134,10 +141,7 @@ def test_a_missing_weight_is_refused_by_name(layout: str, stored: str, name: str
 def test_names_and_numbers_that_are_not_the_model_s_are_refused(
     change: Callable[[Weights], object], says: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(AdapterError) as caught:
-        load(damage(tmp_path, change))
-
-    assert says in str(caught.value)
+    assert_refused(damage(tmp_path, change), says)
 
 
 @pytest.mark.parametrize(
@@ -162,10 +166,7 @@ def test_names_and_numbers_that_are_not_the_model_s_are_refused(
 def test_quantised_weights_without_their_config_are_refused(
     change: Callable[[Weights], object], says: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(AdapterError) as caught:
-        load(damage(tmp_path, change))
-
-    assert says in str(caught.value)
+    assert_refused(damage(tmp_path, change), says)
 
 
 @pytest.mark.parametrize(
