@@ -26,7 +26,6 @@ from benchmarks import soak
 from benchmarks.fault_sides import failover, transfers
 from benchmarks.fault_sides.inputs import try_inputs
 from benchmarks.report import describe_machine, print_result, print_table
-from eagle_target.client import dispatch
 from eagle_target.testing.server import loopback_server
 from tests.faults.processes import faulty_server
 
@@ -158,7 +157,7 @@ def main() -> None:
     load = ""
     result: dict[str, Any] = {"rounds": arguments.rounds, "bad": []}
     if arguments.rounds:
-        with mock.patch.object(dispatch, "FIRST_PAUSE_SECONDS", PAUSE_SECONDS):
+        with mock.patch.object(balancer, "FIRST_PAUSE_SECONDS", PAUSE_SECONDS):
             for attempt in (try_faults, try_bad_inputs):
                 table, bad = attempt(arguments.rounds, arguments.only)
                 tables.append(table)

@@ -37,9 +37,9 @@ def project_ours(
     last: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, loss_mask: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """The project's path: what a server runs, then the position mask, as its client makes it."""
-    from eagle_target.projection import project_full
-    from eagle_target.rows import PackedTensors
-    from eagle_target.vocabulary import VocabMapping
+    from eagle_target.compute.projection import project_full
+    from eagle_target.contract.sinks import PackedTensors
+    from eagle_target.contract.vocab_mapping import VocabMapping
 
     mapping = VocabMapping.from_ids(ids, len(weight))
     outputs = PackedTensors()

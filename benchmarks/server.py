@@ -39,15 +39,15 @@ from eagle_target.bench.launching import run_server, serve_command
 from eagle_target.bench.measuring import Cell, Endpoint, Measurement
 from eagle_target.bench.server_memory import ProcessMemory
 from eagle_target.bench.sizes import bytes_per_token
-from eagle_target.bench.workload import Workload
 from eagle_target.client.timings import STAGES
-from eagle_target.info import TargetInfo
+from eagle_target.contract.target import TargetInfo
+from eagle_target.verify.workload import Workload
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from eagle_target.projection import Encoding
+    from eagle_target.contract.request import Encoding
 
 CLIENT = "eagle_target.bench.client"
 REFERENCE_SIDE = "benchmarks.server_sides.reference"

@@ -11,17 +11,17 @@ import torch
 import urllib3
 
 from benchmarks.processes import MB
-from eagle_target import protocol
 from eagle_target.bench.launching import run_server, serve_command
 from eagle_target.bench.server_memory import ProcessMemory, read_metric
-from eagle_target.bench.workload import Workload
 from eagle_target.client.remote import RemoteEagle3TargetModel
-from eagle_target.supervision import SupervisionRequest
+from eagle_target.contract.request import SupervisionRequest
+from eagle_target.protocol.messages import messages
+from eagle_target.verify.workload import Workload
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from eagle_target.vocabulary import VocabMapping
+    from eagle_target.contract.vocab_mapping import VocabMapping
 
 STALLED_TOKENS = 256
 STALLED_REQUESTS = 12
@@ -114,7 +114,7 @@ def _ask_and_stop(url: str, mapping: VocabMapping, seed: int) -> http.client.HTT
         mapping=mapping,
     )
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=TIMEOUT_SECONDS)
-    body = b"".join(protocol.encode_request(request))
-    headers = {"Content-Type": protocol.CONTENT_TYPE, protocol.CLIENT: "stalled"}
-    connection.request("POST", protocol.SUPERVISION, body, headers)
+    body = b"".join(messages.encode_request(request))
+    headers = {"Content-Type": messages.CONTENT_TYPE, messages.CLIENT: "stalled"}
+    connection.request("POST", messages.SUPERVISION, body, headers)
     return connection

@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks.processes import MB, answer_commands, memory
-from eagle_target.rows import PackedTensors
-from eagle_target.supervision import SupervisionRequest, compute_supervision
-from eagle_target.vocabulary import VocabMapping
+from eagle_target.compute.supervise import compute_supervision
+from eagle_target.contract.request import SupervisionRequest
+from eagle_target.contract.sinks import PackedTensors
+from eagle_target.contract.vocab_mapping import VocabMapping
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from eagle_target.runner import TargetRunner
+    from eagle_target.contract.runner import TargetRunner
 
     Rows = list[list[int]]
     Work = Callable[[Rows], dict[str, torch.Tensor]]

@@ -15,22 +15,22 @@ from benchmarks.processes import answer_commands
 from benchmarks.wire_sides import prepared
 from benchmarks.wire_sides.clients import time_batches
 from benchmarks.wire_sides.target import PreparedRunner
-from eagle_target import protocol
-from eagle_target.buffers import BufferPool
 from eagle_target.client.remote import RemoteEagle3TargetModel
+from eagle_target.compute.layout import read_trainer_rows
 from eagle_target.config import ServerConfig
-from eagle_target.plugins import load_plugins
-from eagle_target.rows import PackedTensors, RowStore
-from eagle_target.server.serve import HttpServer
+from eagle_target.contract.sinks import PackedTensors, RowStore
+from eagle_target.contract.vocab_mapping import VocabMapping
+from eagle_target.memory import BufferPool
+from eagle_target.plugins.registry import load_plugins
+from eagle_target.protocol.messages import messages
+from eagle_target.server.run import HttpServer
 from eagle_target.testing.transport_harness import ServerClient
-from eagle_target.trainer_rows import read_trainer_rows
-from eagle_target.vocabulary import VocabMapping
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from eagle_target.batch import Eagle3TargetBatch
-    from eagle_target.supervision import SupervisionRequest
+    from eagle_target.contract.batch import Eagle3TargetBatch
+    from eagle_target.contract.request import SupervisionRequest
 
 TIMEOUT_SECONDS = 120.0
 LARGEST_BYTES = 3 << 30
@@ -104,7 +104,7 @@ class Client:
     def _receive(self, request: SupervisionRequest) -> tuple[PackedTensors, float]:
         received = PooledTensors(self._pool)
         body = self._channel.ask(request)
-        made_in = _server_seconds(body.headers[protocol.TIMINGS])
+        made_in = _server_seconds(body.headers[messages.TIMINGS])
         try:
             self._channel.receive(body, received)
         finally:

@@ -10,8 +10,9 @@ import torch
 
 from benchmarks.processes import answer_commands
 from benchmarks.vllm_prefill_side import VOCAB
-from eagle_target.rows import PackedTensors
-from eagle_target.supervision import SupervisionRequest, compute_supervision
+from eagle_target.compute.supervise import compute_supervision
+from eagle_target.contract.request import SupervisionRequest
+from eagle_target.contract.sinks import PackedTensors
 from eagle_target.targets import load_runner
 from eagle_target.testing.tiny import shuffled_mapping
 

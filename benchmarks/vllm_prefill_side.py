@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks.processes import answer_commands
-from eagle_target.layers import default_eagle3_aux_layer_ids
-from eagle_target.rows import PackedTensors
-from eagle_target.supervision import SupervisionRequest, compute_supervision
+from eagle_target.compute.supervise import compute_supervision
+from eagle_target.contract.request import SupervisionRequest
+from eagle_target.contract.sinks import PackedTensors
+from eagle_target.contract.target import default_eagle3_aux_layer_ids
 from eagle_target.testing.tiny import shuffled_mapping
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import click
 
 from eagle_target.cli.main import cli
 from eagle_target.config import ClientConfig, ServerConfig
-from eagle_target.plugins import load_plugins
+from eagle_target.plugins.registry import load_plugins
 
 if TYPE_CHECKING:
     from pydantic import BaseModel

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from eagle_target.backend import BatchHandle, Eagle3TargetBackend
-    from eagle_target.batch import Eagle3TargetBatch
     from eagle_target.client.remote import RemoteEagle3TargetModel
     from eagle_target.colocated import RunnerEagle3TargetModel
-    from eagle_target.info import ServedTarget, TargetInfo
-    from eagle_target.layers import default_eagle3_aux_layer_ids
-    from eagle_target.runner import DraftHead, TargetForward, TargetRunner
-    from eagle_target.server.engine import TargetModelServer
-    from eagle_target.supervision import SupervisionRequest, compute_supervision
+    from eagle_target.compute.supervise import compute_supervision
+    from eagle_target.contract.batch import Eagle3TargetBatch
+    from eagle_target.contract.request import SupervisionRequest
+    from eagle_target.contract.runner import DraftHead, TargetForward, TargetRunner
+    from eagle_target.contract.target import ServedTarget, TargetInfo, default_eagle3_aux_layer_ids
+    from eagle_target.contract.vocab_mapping import VocabMapping
+    from eagle_target.server.engine.server import TargetModelServer
     from eagle_target.targets import load_target, open_target
-    from eagle_target.vocabulary import VocabMapping
 
 _HOMES = {
     "BatchHandle": "backend",

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, Protocol, Self, overload
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, overload
 
 import torch
 
-from eagle_target.prefetch import Prefetch
-from eagle_target.vocabulary import VocabMapping
+from eagle_target.compute.assembly import BatchAssembler
+from eagle_target.compute.layout import read_trainer_rows
+from eagle_target.contract.vocab_mapping import VocabMapping
+from eagle_target.devices import is_numbered, use_device
+from eagle_target.errors import ContractError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
     from types import TracebackType
 
-    from eagle_target.batch import Eagle3TargetBatch
-    from eagle_target.sequences import SeqLens
+    from eagle_target.compute.layout import SeqLens
+    from eagle_target.contract.batch import Eagle3TargetBatch
 
     TrainerItem = Mapping[str, Any] | Sequence[torch.Tensor]
+    from collections.abc import Sequence
+
+    from eagle_target.compute.layout import TrainerRows
+    from eagle_target.contract.request import Encoding, RowPolicy, SupervisionRequest
+    from eagle_target.contract.runner import DraftHead
+    from eagle_target.contract.target import TargetInfo
+    from eagle_target.errors import EagleTargetError
 
 
 class BatchHandle(Protocol):
@@ -149,3 +163,243 @@ class Eagle3TargetBackend(ABC):
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class BatchForm(NamedTuple):
+    """What the batches of a backend look like.
+
+    encoding: `probs`, `hidden` or `logits`. rows: `supervised` or `all`.
+    probs_dtype: float32, bfloat16 or float16. device: where batches go, a CUDA device with its number.
+    """
+
+    encoding: Encoding
+    rows: RowPolicy
+    probs_dtype: torch.dtype
+    device: torch.device
+
+
+class DraftVocabulary(NamedTuple):
+    """A mapping, and the head's rows for it where the encoding needs them."""
+
+    mapping: VocabMapping | None
+    head: DraftHead | None
+
+
+class RequestingBackend(Eagle3TargetBackend):
+    """A backend that has requests answered; subclasses say how.
+
+    Args:
+        info: the target. form: what batches look like. workers: requests under way at a time, when asynchronous.
+
+    Raises:
+        ContractError: the form's device has no number.
+    """
+
+    def __init__(self, info: TargetInfo, form: BatchForm, *, workers: int) -> None:
+        if not is_numbered(form.device):
+            raise ContractError(f"batches go to {str(form.device)!r}, another device in each thread: name its number")
+        self.info = info
+        self.form = form
+        self._workers = workers
+        self._vocabulary = DraftVocabulary(None, None)
+        self._state = threading.Lock()
+        self._executor: ThreadPoolExecutor | None = None
+        self._closed = False
+
+    def generate_batch(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        loss_mask: torch.Tensor,
+        *,
+        position_ids: torch.Tensor | None = None,
+        seq_lens: SeqLens | None = None,
+        doc_remaining: torch.Tensor | None = None,
+    ) -> Eagle3TargetBatch:
+        """See `Eagle3TargetBackend.generate_batch`."""
+        packing = {"position_ids": position_ids, "seq_lens": seq_lens, "doc_remaining": doc_remaining}
+        return self._answer(*self._read(input_ids, attention_mask, loss_mask, packing))
+
+    def generate_batch_async(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        loss_mask: torch.Tensor,
+        *,
+        position_ids: torch.Tensor | None = None,
+        seq_lens: SeqLens | None = None,
+        doc_remaining: torch.Tensor | None = None,
+    ) -> Future[Eagle3TargetBatch]:
+        """See `Eagle3TargetBackend.generate_batch_async`; runs on threads of the backend's own."""
+        packing = {"position_ids": position_ids, "seq_lens": seq_lens, "doc_remaining": doc_remaining}
+        arguments = self._read(input_ids, attention_mask, loss_mask, packing)
+        with self._state:
+            self._check_open()
+            if self._executor is None:
+                self._executor = ThreadPoolExecutor(
+                    self._workers,
+                    thread_name_prefix="eagle-target-client",
+                    initializer=use_device,
+                    initargs=(self.form.device,),
+                )
+            return self._executor.submit(self._answer, *arguments)
+
+    def close(self) -> None:
+        """Cancel what waits, stop the threads and release the target."""
+        with self._state:
+            if self._closed:
+                return
+            self._closed = True
+            executor, self._executor = self._executor, None
+        self._interrupt()
+        if executor is not None:
+            executor.shutdown(wait=True, cancel_futures=True)
+        self._release()
+
+    @abstractmethod
+    def _answer(self, rows: TrainerRows, request: SupervisionRequest, head: DraftHead | None) -> Eagle3TargetBatch:
+        """Have one request answered and its batch assembled."""
+
+    @abstractmethod
+    def _fetch_draft_head(self, mapping: VocabMapping) -> DraftHead | None:
+        """The mapping's rows of the LM head; None where the head cannot be handed out."""
+
+    @abstractmethod
+    def _closed_error(self) -> EagleTargetError:
+        """What a call after `close` raises."""
+
+    def _share_mapping(self, mapping: VocabMapping) -> None:
+        """Make a mapping known where requests are answered."""
+
+    def _interrupt(self) -> None:
+        """Make requests under way end soon."""
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Release the target; nothing is under way any more."""
+
+    def _use_mapping(self, mapping: VocabMapping) -> None:
+        self._check_open()
+        mapping.check_target(self.info.vocab_size)
+        # The trainer's own may be a draft's buffers, which change in place when a checkpoint is loaded.
+        mapping = VocabMapping(mapping.selected_token_ids, mapping.selected_token_mask)
+        head: DraftHead | None = None
+        if self.form.encoding == "hidden":
+            head = self._fetch_draft_head(mapping)
+            if head is None:
+                raise ContractError(
+                    f"encoding 'hidden' needs a plain LM head, which {self.info.model} has not: use 'probs'"
+                )
+            head = head.to(self.form.device)
+        self._share_mapping(mapping)
+        # One assignment: a batch begun on another thread sees the old pair or the new one, never one of each.
+        self._vocabulary = DraftVocabulary(mapping, head)
+
+    def _read(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, loss_mask: torch.Tensor, packing: dict[str, Any]
+    ) -> tuple[TrainerRows, SupervisionRequest, DraftHead | None]:
+        self._check_open()
+        vocabulary, form = self._vocabulary, self.form
+        rows = read_trainer_rows(input_ids, attention_mask, loss_mask, vocab_size=self.info.vocab_size, **packing)
+        request = rows.request(
+            encoding=form.encoding, rows=form.rows, mapping=vocabulary.mapping, probs_dtype=form.probs_dtype
+        )
+        request.check(self.info)
+        return rows, request, vocabulary.head
+
+    def _assembler(self, rows: TrainerRows, request: SupervisionRequest, head: DraftHead | None) -> BatchAssembler:
+        return BatchAssembler(
+            rows, request, info=self.info, draft_head=head, device=self.form.device, allocate=self._allocate
+        )
+
+    def _allocate(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(tuple(shape), dtype=dtype, device=self.form.device)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise self._closed_error()
+
+
+ARGUMENTS = ("input_ids", "attention_mask", "loss_mask", "position_ids", "seq_lens", "doc_remaining")
+REQUIRED = ARGUMENTS[:3]
+
+
+class Prefetch:
+    """Iterator over batches, in the order of the items; `close` cancels what is on its way.
+
+    An error of the items' iterator or of a batch is raised at that batch's turn, after the batches before it; what
+    is behind it is cancelled.
+    """
+
+    def __init__(self, backend: Eagle3TargetBackend, items: Iterable[TrainerItem], depth: int) -> None:
+        self._handles: deque[BatchHandle] = deque()
+        self._failure: BaseException | None = None
+        self._exhausted = False
+        if depth < 1:
+            raise ContractError(f"prefetch depth must be at least 1, got {depth}")
+        self._backend = backend
+        self._items = iter(items)
+        self._depth = depth
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Eagle3TargetBatch:
+        self._fill(self._depth)
+        if not self._handles:
+            if self._failure is not None:
+                failure, self._failure = self._failure, None
+                raise failure
+            raise StopIteration
+        handle = self._handles.popleft()
+        try:
+            batch = handle.result()
+        except BaseException:
+            handle.cancel()
+            self.close()
+            raise
+        self._fill(self._depth)
+        return batch
+
+    def close(self) -> None:
+        """Cancel what is on its way and stop. Safe to call twice."""
+        self._exhausted = True
+        self._failure = None
+        while self._handles:
+            self._handles.pop().cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _fill(self, depth: int) -> None:
+        while not self._exhausted and len(self._handles) < depth:
+            try:
+                self._handles.append(self._submit(next(self._items)))
+            except StopIteration:
+                self._exhausted = True
+            except Exception as failure:  # noqa: BLE001 - raised at its turn, after the batches before it
+                self._failure = failure
+                self._exhausted = True
+
+    def _submit(self, item: TrainerItem) -> BatchHandle:
+        if isinstance(item, Mapping):
+            arguments: dict[str, Any] = {name: item[name] for name in ARGUMENTS if name in item}
+        else:
+            arguments = dict(zip(REQUIRED, item, strict=False))
+        missing = [name for name in REQUIRED if name not in arguments]
+        if missing:
+            raise ContractError(
+                f"an item of prefetch lacks {missing}: give a mapping with {list(REQUIRED)}, or a sequence of the three"
+            )
+        return self._backend.generate_batch_async(**arguments)

@@ -7,22 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from eagle_target.backend import BatchForm, RequestingBackend
+from eagle_target.compute.supervise import compute_supervision
+from eagle_target.contract.target import ServedTarget, validate_aux_layer_ids
 from eagle_target.devices import resolve_device
 from eagle_target.errors import AdapterError
-from eagle_target.info import ServedTarget
-from eagle_target.layers import validate_aux_layer_ids
-from eagle_target.requesting import BatchForm, RequestingBackend
-from eagle_target.supervision import compute_supervision
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from eagle_target.batch import Eagle3TargetBatch
-    from eagle_target.projection import Encoding, RowPolicy
-    from eagle_target.runner import DraftHead, TargetRunner
-    from eagle_target.supervision import SupervisionRequest
-    from eagle_target.trainer_rows import TrainerRows
-    from eagle_target.vocabulary import VocabMapping
+    from eagle_target.compute.layout import TrainerRows
+    from eagle_target.contract.batch import Eagle3TargetBatch
+    from eagle_target.contract.request import Encoding, RowPolicy, SupervisionRequest
+    from eagle_target.contract.runner import DraftHead, TargetRunner
+    from eagle_target.contract.vocab_mapping import VocabMapping
 
 
 class RunnerEagle3TargetModel(RequestingBackend):

@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 
 from eagle_target.errors import ConfigError
-from eagle_target.options import build_model, is_secret, nearest_name, parse_value
+from eagle_target.plugins.options import build_model, is_secret, nearest_name, parse_value
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

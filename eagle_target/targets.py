@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from eagle_target.errors import AdapterError, ConfigError, EagleTargetError
-from eagle_target.options import build_model
-from eagle_target.plugins import load_plugins, unusable_reason
+from eagle_target.plugins.options import build_model
+from eagle_target.plugins.registry import load_plugins, unusable_reason
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from eagle_target.backend import Eagle3TargetBackend
     from eagle_target.colocated import RunnerEagle3TargetModel
     from eagle_target.config import ClientConfig
-    from eagle_target.runner import TargetRunner
+    from eagle_target.contract.runner import TargetRunner
 
 
 def load_runner(
@@ -69,7 +69,7 @@ def open_target(config: ClientConfig) -> Eagle3TargetBackend:
     """
     import torch
 
-    from eagle_target.vocabulary import VocabMapping
+    from eagle_target.contract.vocab_mapping import VocabMapping
 
     if bool(config.urls) == bool(config.model):
         raise ConfigError(

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from eagle_target import pinned
-from eagle_target.buffers import new_block
+from eagle_target import memory
+from eagle_target.memory import new_block
 
 if TYPE_CHECKING:
     import mmap
@@ -42,7 +42,7 @@ class Runtime:
         monkeypatch.setattr(torch.cuda, "device", self._device)
         monkeypatch.setattr(torch.version, "cuda", "12.8")
         monkeypatch.setattr(ctypes, "CDLL", self._library)
-        monkeypatch.setattr(pinned, "new_block", self._watched_block)
+        monkeypatch.setattr(memory, "new_block", self._watched_block)
 
     @property
     def registered(self) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from eagle_target.errors import PluginError
-from eagle_target.plugins import Plugins, load_plugins, unusable_reason
+from eagle_target.plugins.registry import Plugins, load_plugins, unusable_reason
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 ADAPTER = """
-from eagle_target.adapters import Adapter
-from eagle_target.hookspecs import hookimpl
+from eagle_target.plugins.adapter import Adapter
+from eagle_target.plugins.hookspecs import hookimpl
 
 class MyAdapter(Adapter):
     name = "{name}"
@@ -40,7 +40,7 @@ def register_adapters(register):
 SECRET_OPTIONS = """
 from pydantic import Field, SecretStr
 from eagle_target.errors import AdapterError
-from eagle_target.options import PluginOptions
+from eagle_target.plugins.options import PluginOptions
 
 class MyOptions(PluginOptions):
     token: SecretStr = Field(description="Token.")
@@ -132,7 +132,9 @@ def test_one_class_registered_twice_is_no_clash(site: Site) -> None:
     assert site.load().adapters.get("same").__module__ == "module_one"
 
 
-HOOKS = "from eagle_target.adapters import Adapter\nfrom eagle_target.hookspecs import hookimpl\n@hookimpl\n"
+HOOKS = (
+    "from eagle_target.plugins.adapter import Adapter\nfrom eagle_target.plugins.hookspecs import hookimpl\n@hookimpl\n"
+)
 BROKEN = {
     "import": ("import no_such_module_of_anybody", "ModuleNotFoundError: No module named 'no_such_module_of_anybody'"),
     "syntax": ("def broken(:\n", "SyntaxError"),
@@ -144,11 +146,11 @@ BROKEN = {
     "instance": (HOOKS + "def register_adapters(register): register(object())\n", "no subclass of"),
     "wrong_kind": (
         HOOKS + "def register_transports(register): register(Adapter)\n",
-        "eagle_target.adapters.Adapter'> is registered, which is no subclass of eagle_target.transports.Transport",
+        "plugins.adapter.Adapter'> is registered, which is no subclass of eagle_target.plugins.transport.Transport",
     ),
     "nameless": (
         HOOKS + "def register_adapters(register): register(Adapter)\n",
-        "eagle_target.adapters.Adapter has no name",
+        "eagle_target.plugins.adapter.Adapter has no name",
     ),
 }
 

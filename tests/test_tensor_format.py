@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eagle_target.errors import ProtocolError
-from eagle_target.tensor_format import (
+from eagle_target.protocol.tensors import (
     DTYPES,
     MAX_HEADER_BYTES,
     decode_header,

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from benchmarks.fault_sides.tally import Fault, Tally, client
-from eagle_target import protocol
 from eagle_target.colocated import RunnerEagle3TargetModel
-from eagle_target.server import restarts, state
+from eagle_target.protocol.messages import messages
+from eagle_target.server.engine.server import restarts, state
 from eagle_target.testing.server import loopback_server
 from eagle_target.testing.tiny import EmbeddingRunner
 from tests.client.batches import rows_of
@@ -102,7 +102,7 @@ def _slow(tally: Tally, rounds: int) -> None:
 
 def _always_500(tally: Tally, rounds: int) -> None:
     def fail(request: Received, answer: Answer) -> Answer:
-        return Answer(500, {"Content-Length": "0"}, b"") if request.path == protocol.SUPERVISION else answer
+        return Answer(500, {"Content-Length": "0"}, b"") if request.path == messages.SUPERVISION else answer
 
     with (
         faulty_server(DELAY) as good,
@@ -205,7 +205,7 @@ def _poison(tally: Tally, rounds: int) -> None:
 
             def poison(number: int = number) -> None:
                 answer = ask(
-                    server.url, "POST", protocol.SUPERVISION, body_of(request_of([3], seed=number, poisonous=True))
+                    server.url, "POST", messages.SUPERVISION, body_of(request_of([3], seed=number, poisonous=True))
                 )
                 tally.wrong += answer.status != 500
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from eagle_target import protocol
-from eagle_target.tensor_format import encode_tensors
+from eagle_target.protocol.messages import messages
+from eagle_target.protocol.tensors import encode_tensors
 from tests.faults.processes import faulty_server
 from tests.server.cases import VOCAB_SIZE, assert_same_tensors, expected_of, mapping_of, request_of
 from tests.server.http import body_of, connected, read_answer
@@ -64,7 +64,7 @@ def request(
 def tensors(metadata: dict[str, str] | None = None, **given: torch.Tensor) -> bytes:
     """A request for supervision with these tensors."""
     metadata = {"vocab_mapping": mapping_of().sha256, **(metadata or {})}
-    return request("POST", protocol.SUPERVISION, b"".join(encode_tensors(given, metadata)))
+    return request("POST", messages.SUPERVISION, b"".join(encode_tensors(given, metadata)))
 
 
 def ids(*values: float, lens: tuple[int, ...] | None = None) -> bytes:
@@ -75,18 +75,18 @@ def ids(*values: float, lens: tuple[int, ...] | None = None) -> bytes:
 def lying(**entry: Any) -> bytes:
     """A safetensors header that says of its one tensor what is not so."""
     text = json.dumps({"input_ids": {"dtype": "I64", "shape": [2], "data_offsets": [0, 16], **entry}}).encode()
-    return request("POST", protocol.SUPERVISION, len(text).to_bytes(8, "little") + text + bytes(16))
+    return request("POST", messages.SUPERVISION, len(text).to_bytes(8, "little") + text + bytes(16))
 
 
 def supervision(body: bytes, **options: Any) -> bytes:
     """A body for supervision."""
-    return request("POST", protocol.SUPERVISION, body, **options)
+    return request("POST", messages.SUPERVISION, body, **options)
 
 
 def bad_inputs() -> Iterator[tuple[str, bytes, str]]:
     """What is sent, its bytes, and the answer that is due."""
-    good, mapping = body_of(request_of([4])), b"".join(protocol.encode_mapping(mapping_of()))
-    other = f"{protocol.VOCAB_MAPPINGS}/{'0' * 64}"
+    good, mapping = body_of(request_of([4])), b"".join(messages.encode_mapping(mapping_of()))
+    other = f"{messages.VOCAB_MAPPINGS}/{'0' * 64}"
     yield "slow loris: headers that do not end", b"GET /health HTTP/1.1\r\nA: b\r\n", HUNG_UP
     yield "slow loris: a body that does not end", supervision(b"x", length=500), "408 body-timeout"
     yield "body over the limit", supervision(b"", length=1 << 17), "413 body-too-large"
@@ -159,7 +159,7 @@ def try_inputs(rounds: int, only: str = "") -> Iterator[tuple[str, str, Answers]
     """Send each so many times: what it was, the answer that is due, and those that came."""
     with faulty_server(**LIMITS) as server:
         put = request(
-            "PUT", f"{protocol.VOCAB_MAPPINGS}/{mapping_of().sha256}", b"".join(protocol.encode_mapping(mapping_of()))
+            "PUT", f"{messages.VOCAB_MAPPINGS}/{mapping_of().sha256}", b"".join(messages.encode_mapping(mapping_of()))
         )
         good = request_of([4, 9])
         expected = expected_of(good)
@@ -195,7 +195,7 @@ def _describe(answer: Answer | None) -> str:
     if answer is None:
         return HUNG_UP
     try:
-        problem = str(answer.json()["type"]).removeprefix(protocol.PROBLEM_URN)
+        problem = str(answer.json()["type"]).removeprefix(messages.PROBLEM_URN)
     except (ValueError, KeyError, TypeError):
         return str(answer.status)
     return f"{answer.status} {problem}"

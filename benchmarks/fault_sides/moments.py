@@ -11,7 +11,7 @@ import torch
 from eagle_target_nccl.groups import TcpGroup
 
 from benchmarks.fault_sides.tally import Tally, client
-from eagle_target.client.staging import StagedSink
+from eagle_target.compute.assembly import StagedSink
 from tests.faults.processes import PausedTrainer, take_batch
 
 if TYPE_CHECKING:

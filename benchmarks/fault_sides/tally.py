@@ -16,7 +16,7 @@ from eagle_target.errors import EagleTargetError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from eagle_target.batch import Eagle3TargetBatch
+    from eagle_target.contract.batch import Eagle3TargetBatch
 
     Items = dict[str, torch.Tensor]
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Literal
 
 from benchmarks.fault_sides.moments import MOMENTS, in_a_transfer, trainer_at
 from benchmarks.fault_sides.tally import Fault, Tally, client
-from eagle_target import protocol
 from eagle_target.colocated import RunnerEagle3TargetModel
+from eagle_target.protocol.messages import messages
 from eagle_target.testing.tiny import EmbeddingRunner
 from tests.client.stub import Received, encode, stub
 from tests.faults.processes import LARGE, ROWS, ServerUnderFault, faulty_server, total_of
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Iterator
 
-    from eagle_target.batch import Eagle3TargetBatch
     from eagle_target.client.remote import RemoteEagle3TargetModel
+    from eagle_target.contract.batch import Eagle3TargetBatch
 
     Play = Callable[[Tally, int], object]
     # The bytes of an answer -> the bytes that come, after which the connection is closed.
@@ -206,7 +206,7 @@ def _between(url: str, change: Change) -> Iterator[str]:
     def respond(request: Received, connection: socket.socket) -> bool:
         headers = {name: value for name, value in request.headers.items() if name.lower() != "host"}
         answer = encode(ask(url, request.method, request.path, request.body or None, headers))
-        if request.path != protocol.SUPERVISION or not left:
+        if request.path != messages.SUPERVISION or not left:
             connection.sendall(answer)
             return True
         connection.sendall(left.pop()(answer))

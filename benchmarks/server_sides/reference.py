@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.processes import answer_commands, forget_peak, memory
 from benchmarks.wire_sides.free_port import free_port
 from eagle_target.bench.loop import time_batches
-from eagle_target.bench.workload import Workload
+from eagle_target.verify.workload import Workload
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

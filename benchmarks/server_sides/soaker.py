@@ -18,7 +18,7 @@ from eagle_target.testing.tiny import EmbeddingRunner, shuffled_mapping
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from eagle_target.batch import Eagle3TargetBatch
+    from eagle_target.contract.batch import Eagle3TargetBatch
 
 VOCAB = 509
 HIDDEN = 32

@@ -12,9 +12,9 @@ import torch
 
 from benchmarks.processes import answer_commands
 from eagle_target.bench.loop import time_batches
-from eagle_target.bench.workload import Workload
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.targets import load_target
+from eagle_target.verify.workload import Workload
 
 if TYPE_CHECKING:
     from eagle_target.backend import Eagle3TargetBackend

@@ -14,11 +14,11 @@ from benchmarks.wire_sides.clients import time_batches
 from benchmarks.wire_sides.target import PreparedRunner
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.config import ServerConfig
-from eagle_target.server.serve import HttpServer
-from eagle_target.vocabulary import VocabMapping
+from eagle_target.contract.vocab_mapping import VocabMapping
+from eagle_target.server.run import HttpServer
 
 if TYPE_CHECKING:
-    from eagle_target.batch import Eagle3TargetBatch
+    from eagle_target.contract.batch import Eagle3TargetBatch
 
 
 def run_server(*, with_head: bool) -> None:

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from benchmarks.wire_sides import prepared
-from eagle_target.info import TargetInfo
-from eagle_target.runner import DraftHead, TargetForward
+from eagle_target.contract.runner import DraftHead, TargetForward
+from eagle_target.contract.target import TargetInfo
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from eagle_target.rows import Sink
-    from eagle_target.supervision import SupervisionRequest
+    from eagle_target.contract.request import SupervisionRequest
+    from eagle_target.contract.sinks import Sink
 
 
 class PreparedRunner:

@@ -8,13 +8,13 @@ import torch
 
 from eagle_target.bench.loop import time_batches
 from eagle_target.bench.processes import answer_commands, forget_peak, memory
-from eagle_target.bench.workload import Workload
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.errors import BenchmarkError, EagleTargetError
+from eagle_target.verify.workload import Workload
 
 if TYPE_CHECKING:
+    from eagle_target.auth import AccessFiles
     from eagle_target.bench.loop import Inputs
-    from eagle_target.client.access import AccessFiles
 
 TIMEOUT_SECONDS = 300.0
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from eagle_target.auth import AccessFiles
     from eagle_target.bench.server_memory import ServerMemory
-    from eagle_target.bench.workload import Workload
-    from eagle_target.client.access import AccessFiles
+    from eagle_target.verify.workload import Workload
 
 logger = logging.getLogger(__name__)
 

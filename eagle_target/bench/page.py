@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from eagle_target.bench.measuring import Cell
-    from eagle_target.bench.workload import Workload
+    from eagle_target.verify.workload import Workload
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 68rem; padding: 0 1rem; color: #1b1f24 }

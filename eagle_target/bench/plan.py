@@ -6,18 +6,18 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from eagle_target.auth import AccessFiles, open_access
 from eagle_target.bench.launching import run_server, serve_command
 from eagle_target.bench.measuring import Cell, Endpoint, Measurement, make_cells
 from eagle_target.bench.processes import Worker
 from eagle_target.bench.server_memory import MetricsMemory, ProcessMemory
-from eagle_target.bench.verifying import compare_servers
-from eagle_target.client.access import AccessFiles, open_access
 from eagle_target.errors import ConfigError
+from eagle_target.verify.verification import compare_servers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from eagle_target.bench.workload import Workload
+    from eagle_target.verify.workload import Workload
 
 CLIENT = "eagle_target.bench.client"
 

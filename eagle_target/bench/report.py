@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from eagle_target.bench.measuring import Cell
     from eagle_target.bench.sizes import Sizes
-    from eagle_target.bench.workload import Workload
+    from eagle_target.verify.workload import Workload
 
 PIPE_COLUMNS = 200
 COLUMNS = ("clients", "depth", "tokens/s", "least-most", "slow/fast", "bytes/token", "server MB", "client MB")

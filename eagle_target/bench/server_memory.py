@@ -8,9 +8,9 @@ from typing import Protocol
 
 import urllib3
 
-from eagle_target import protocol
+from eagle_target.auth import Access, open_access
 from eagle_target.bench.processes import CLEAR_PEAK, MB, read_status
-from eagle_target.client.access import Access, open_access
+from eagle_target.protocol.messages import messages
 
 SAMPLE_SECONDS = 0.2
 METRIC = "process_resident_memory_bytes"
@@ -55,7 +55,7 @@ class ProcessMemory:
 class MetricsMemory:
     """As the server's /metrics tell, looked at again and again: a peak between two looks is missed."""
 
-    source = protocol.METRICS
+    source = messages.METRICS
 
     def __init__(self, url: str, access: Access | None = None) -> None:
         self._url = url
@@ -92,7 +92,7 @@ class MetricsMemory:
 def read_metric(http: urllib3.PoolManager, url: str, name: str) -> float | None:
     """One figure of a server's /metrics, without labels; None where it cannot be had."""
     try:
-        text = http.request("GET", url + protocol.METRICS).data.decode("utf-8", "replace")
+        text = http.request("GET", url + messages.METRICS).data.decode("utf-8", "replace")
     except urllib3.exceptions.HTTPError:
         return None
     for line in text.splitlines():

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from eagle_target.answer_size import aux_bytes, row_bytes
-from eagle_target.bench.workload import DRAFT_VOCAB
-from eagle_target.info import TargetInfo
+from eagle_target.contract.request import aux_bytes, row_bytes
+from eagle_target.contract.target import TargetInfo
+from eagle_target.verify.workload import DRAFT_VOCAB
 
 if TYPE_CHECKING:
-    from eagle_target.projection import Encoding
+    from eagle_target.contract.request import Encoding
 
 INT64_BYTES = 8
 BOOL_BYTES = 1

@@ -16,9 +16,9 @@ from eagle_target.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from eagle_target.auth import AccessFiles
     from eagle_target.bench.measuring import Cell
-    from eagle_target.bench.workload import Workload
-    from eagle_target.client.access import AccessFiles
+    from eagle_target.verify.workload import Workload
 
 
 @click.command()
@@ -83,7 +83,7 @@ def bench(
     """
     from eagle_target.bench.plan import Plan, run_plan
     from eagle_target.bench.report import advice_lines, rates_of, to_json
-    from eagle_target.bench.workload import Workload
+    from eagle_target.verify.workload import Workload
 
     # As text: client processes are told over a pipe.
     access = {name: str(path) for name in ACCESS if (path := work.pop(name)) is not None}
@@ -152,7 +152,7 @@ def _show_bytes(workload: Workload, json_path: Path | None) -> None:
 
     from eagle_target.bench.report import console, sizes_table
     from eagle_target.bench.sizes import known_sizes
-    from eagle_target.bench.workload import DRAFT_VOCAB
+    from eagle_target.verify.workload import DRAFT_VOCAB
 
     draft_vocab = DRAFT_VOCAB if workload.draft_vocab is None else workload.draft_vocab
     sizes = known_sizes(draft_vocab_size=draft_vocab, loss_ratio=workload.loss_ratio, pad_ratio=workload.pad_ratio)

@@ -9,16 +9,16 @@ from rich.console import Console
 from rich.table import Table
 
 from eagle_target.errors import PluginError
-from eagle_target.options import nearest_name
-from eagle_target.plugins import load_plugins, unusable_reason
+from eagle_target.plugins.options import nearest_name
+from eagle_target.plugins.registry import load_plugins, unusable_reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from eagle_target.adapters import Adapter
-    from eagle_target.options import PluginOptions
-    from eagle_target.plugins import Origin, Plugins, Registry
-    from eagle_target.transports import Transport
+    from eagle_target.plugins.adapter import Adapter
+    from eagle_target.plugins.options import PluginOptions
+    from eagle_target.plugins.registry import Origin, Plugins, Registry
+    from eagle_target.plugins.transport import Transport
 
 Row = tuple[str, str, str, str, str]
 

@@ -10,11 +10,11 @@ import click
 
 from eagle_target.cli.settings import given_settings, read_transport_options, settings_flags
 from eagle_target.config import ServerConfig, dump_config, load_config
-from eagle_target.options import build_model, parse_assignments
-from eagle_target.plugins import load_plugins
+from eagle_target.plugins.options import build_model, parse_assignments
+from eagle_target.plugins.registry import load_plugins
 
 if TYPE_CHECKING:
-    from eagle_target.plugins import Plugins
+    from eagle_target.plugins.registry import Plugins
 
 
 @click.command()
@@ -46,8 +46,8 @@ def serve(
     if print_config:
         click.echo(dump_config(filled), nl=False)
         return
-    from eagle_target.server.logs import configure_logging
-    from eagle_target.server.serve import HttpServer
+    from eagle_target.server.log import configure_logging
+    from eagle_target.server.run import HttpServer
 
     configure_logging(settings.log_format, settings.log_level)
     HttpServer(settings).run()

@@ -12,7 +12,7 @@ from pydantic_core import PydanticUndefined
 
 from eagle_target.config import ClientConfig
 from eagle_target.errors import ConfigError
-from eagle_target.options import is_secret, parse_assignments
+from eagle_target.plugins.options import is_secret, parse_assignments
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

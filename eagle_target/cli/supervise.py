@@ -14,7 +14,7 @@ from eagle_target.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-    from eagle_target.client.access import AccessFiles
+    from eagle_target.auth import AccessFiles
 
 
 @click.command()
@@ -51,7 +51,7 @@ def supervise(
     from safetensors.torch import save_file
 
     from eagle_target.client.remote import RemoteEagle3TargetModel
-    from eagle_target.vocabulary import VocabMapping
+    from eagle_target.contract.vocab_mapping import VocabMapping
 
     input_ids, attention_mask, loss_mask = read_rows(source)
     with RemoteEagle3TargetModel.from_urls(

@@ -13,9 +13,9 @@ from eagle_target.cli.settings import access_flags
 from eagle_target.errors import ConfigError
 
 if TYPE_CHECKING:
+    from eagle_target.auth import AccessFiles
     from eagle_target.backend import Eagle3TargetBackend
-    from eagle_target.client.access import AccessFiles
-    from eagle_target.vocabulary import VocabMapping
+    from eagle_target.contract.vocab_mapping import VocabMapping
 
 TOLERANCES = {
     "hidden": "Relative Frobenius norm a layer's hidden states may differ by",
@@ -88,9 +88,9 @@ def verify(
     Both supervise the same tokens. The status is 1 where a figure is past its tolerance. The default of a tolerance
     is that of the coarser of the two dtypes.
     """
-    from eagle_target.bench.parity import default_tolerances
-    from eagle_target.bench.verifying import compare_targets, facts_lines, random_rows, verdict_table, worst_table
     from eagle_target.cli.supervise import read_rows
+    from eagle_target.verify.parity import default_tolerances
+    from eagle_target.verify.verification import compare_targets, facts_lines, random_rows, verdict_table, worst_table
 
     changes = {name.removesuffix("_tolerance"): value for name, value in given.items()}
     rows = None if tokens is None else read_rows(tokens)[:2]
@@ -144,8 +144,8 @@ def _open_reference(
     access: AccessFiles,
 ) -> Eagle3TargetBackend:
     """Another server, or an engine in this process with the server's layers, dtype and, if none is named, model."""
-    from eagle_target.options import parse_assignments
-    from eagle_target.plugins import load_plugins
+    from eagle_target.plugins.options import parse_assignments
+    from eagle_target.plugins.registry import load_plugins
     from eagle_target.targets import load_target
 
     if "://" in reference:
@@ -167,8 +167,8 @@ def _open_reference(
 
 
 def _mapping(path: Path | None, vocab_size: int, draft_vocab: int | None) -> VocabMapping:
-    from eagle_target.bench.workload import random_mapping
-    from eagle_target.vocabulary import VocabMapping
+    from eagle_target.contract.vocab_mapping import VocabMapping
+    from eagle_target.verify.workload import random_mapping
 
     if path is None:
         return random_mapping(vocab_size, draft_vocab)

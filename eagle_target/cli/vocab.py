@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from eagle_target.text_tokenizer import TextTokenizer
-    from eagle_target.vocabulary import VocabMapping
+    from eagle_target.contract.vocab_mapping import VocabMapping
+    from eagle_target.vocab.text_tokenizer import TextTokenizer
 
 _SHOWN_IDS = 8
 
@@ -63,10 +63,10 @@ def build(
     """Count the tokens of training data and keep the most frequent ones."""
     import torch
 
-    from eagle_target.text_tokenizer import load_tokenizer  # a fast start
-    from eagle_target.token_counts import count_tokens, target_vocab_size
-    from eagle_target.vocabulary import VocabMapping
-    from eagle_target.vocabulary_files import check_output_path, save_vocab_mapping
+    from eagle_target.contract.vocab_mapping import VocabMapping
+    from eagle_target.vocab.mapping_files import check_output_path, save_vocab_mapping
+    from eagle_target.vocab.text_tokenizer import load_tokenizer  # a fast start
+    from eagle_target.vocab.token_counts import count_tokens, target_vocab_size
 
     check_output_path(output)
     source = load_tokenizer(tokenizer) if tokenizer else None
@@ -97,7 +97,7 @@ def build(
 @click.option("--vocab-size", type=click.IntRange(1), help="The target's vocabulary, for a file that has only ids.")
 def show(file: Path, vocab_size: int | None) -> None:
     """Describe the mapping in FILE, which may be a draft checkpoint."""
-    from eagle_target.vocabulary_files import load_vocab_mapping  # a fast start
+    from eagle_target.vocab.mapping_files import load_vocab_mapping  # a fast start
 
     mapping = load_vocab_mapping(file, vocab_size=vocab_size)
     ids = mapping.selected_token_ids

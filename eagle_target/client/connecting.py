@@ -20,8 +20,8 @@ from eagle_target.errors import (
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from eagle_target.client.peer import Peer
-    from eagle_target.projection import Encoding
+    from eagle_target.client.session import Peer
+    from eagle_target.contract.request import Encoding
 
 logger = logging.getLogger(__name__)
 

@@ -7,15 +7,15 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import partial
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from eagle_target.client.dispatch import is_retryable
-from eagle_target.client.errands import Errand
+from eagle_target.client.balancer import is_retryable
+from eagle_target.client.cancellation import Errand
 from eagle_target.errors import EagleTargetError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from eagle_target.client.dispatch import Dispatcher
-    from eagle_target.client.peer import Peer
+    from eagle_target.client.balancer import Dispatcher
+    from eagle_target.client.session import Peer
 
 Answer = TypeVar("Answer")
 

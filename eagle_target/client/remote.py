@@ -8,35 +8,33 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, get_args
 
 import torch
 
-from eagle_target.answer_size import bytes_per_token
-from eagle_target.buffers import BufferPool
-from eagle_target.client.access import open_access
+from eagle_target.auth import open_access
+from eagle_target.backend import BatchForm, RequestingBackend
+from eagle_target.client.balancer import Dispatcher
 from eagle_target.client.connecting import connect_servers
-from eagle_target.client.connection import ServerConnection
-from eagle_target.client.dispatch import Dispatcher
 from eagle_target.client.hedging import Hedging
-from eagle_target.client.peer import Peer
-from eagle_target.client.staging import StagedSink
+from eagle_target.client.http import ServerConnection
+from eagle_target.client.session import Peer
 from eagle_target.client.timings import Traffic
+from eagle_target.compute.assembly import StagedSink
+from eagle_target.contract.request import PROBS_DTYPES, Encoding, RowPolicy, bytes_per_token
 from eagle_target.devices import on_device, resolve_device
 from eagle_target.errors import ConfigError, ConnectError
-from eagle_target.pinned import PinnedPool
-from eagle_target.plugins import load_plugins
-from eagle_target.projection import PROBS_DTYPES, Encoding, RowPolicy
-from eagle_target.requesting import BatchForm, RequestingBackend
+from eagle_target.memory import BufferPool, PinnedPool
+from eagle_target.plugins.registry import load_plugins
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from concurrent.futures import Future
     from pathlib import Path
 
-    from eagle_target.batch import Eagle3TargetBatch
-    from eagle_target.client.errands import Errand
+    from eagle_target.client.cancellation import Errand
     from eagle_target.client.timings import Received
-    from eagle_target.runner import DraftHead
-    from eagle_target.supervision import SupervisionRequest
-    from eagle_target.trainer_rows import TrainerRows
-    from eagle_target.vocabulary import VocabMapping
+    from eagle_target.compute.layout import TrainerRows
+    from eagle_target.contract.batch import Eagle3TargetBatch
+    from eagle_target.contract.request import SupervisionRequest
+    from eagle_target.contract.runner import DraftHead
+    from eagle_target.contract.vocab_mapping import VocabMapping
 
 WORKERS_PER_SERVER = 4
 # Longer than most steps take, for pinned memory that the next batch needs again is worth keeping.

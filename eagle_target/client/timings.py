@@ -6,7 +6,7 @@ import math
 import threading
 from typing import TYPE_CHECKING, NamedTuple
 
-from eagle_target import protocol
+from eagle_target.protocol.messages import messages
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,8 +24,8 @@ class Received(NamedTuple):
 
 def received(headers: Mapping[str, str], body_bytes: int, transfer: float) -> Received:
     """Of an answer's headers, and the seconds from their arrival to the last byte."""
-    moved = protocol.read_count(headers.get(protocol.MOVED_BYTES, "")) or 0
-    seconds = {**server_seconds(headers.get(protocol.TIMINGS, "")), "transfer": transfer}
+    moved = messages.read_count(headers.get(messages.MOVED_BYTES, "")) or 0
+    seconds = {**server_seconds(headers.get(messages.TIMINGS, "")), "transfer": transfer}
     return Received(body_bytes + moved, seconds)
 
 

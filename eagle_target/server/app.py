@@ -16,14 +16,23 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from eagle_target import protocol
-from eagle_target.answer_size import bytes_per_token
+from eagle_target.contract.request import bytes_per_token
 from eagle_target.errors import ContractError, EagleTargetError, ServerError, VocabMappingError
+from eagle_target.plugins.transport import Reply
+from eagle_target.protocol.messages import messages
+from eagle_target.protocol.tensors import decode_tensors, encode_tensors
 from eagle_target.server import metrics
-from eagle_target.server.bodies import CheckedJson, TensorResponse, checksum_headers, read_body
-from eagle_target.server.client_routes import client_routes
-from eagle_target.server.limits import check_size, read_mapping_body
-from eagle_target.server.presence import own_address_of
+from eagle_target.server.bodies import (
+    CheckedJson,
+    FollowedResponse,
+    TensorResponse,
+    checksum_headers,
+    read_body,
+    wait_for_answer,
+)
+from eagle_target.server.clients import client_routes, own_address_of
+from eagle_target.server.http_limits import check_size, read_mapping_body
+from eagle_target.server.middleware import AUTHORIZED
 from eagle_target.server.problems import (
     CLIENT_GONE,
     EXCHANGE,
@@ -34,20 +43,16 @@ from eagle_target.server.problems import (
     problem,
     problem_of,
 )
-from eagle_target.server.security import AUTHORIZED
-from eagle_target.server.status_page import StatusPage
-from eagle_target.server.waiting import FollowedResponse, wait_for_answer
-from eagle_target.tensor_format import decode_tensors, encode_tensors
-from eagle_target.transports import Reply
+from eagle_target.server.status.page import StatusPage
 
 if TYPE_CHECKING:
     from eagle_target.config import ServerConfig
+    from eagle_target.contract.request import SupervisionRequest
+    from eagle_target.contract.vocab_mapping import VocabMapping
     from eagle_target.server.channels import Channels
-    from eagle_target.server.engine import TargetModelServer
-    from eagle_target.server.exchanges import Exchange
-    from eagle_target.server.jobs import Supervised
-    from eagle_target.supervision import SupervisionRequest
-    from eagle_target.vocabulary import VocabMapping
+    from eagle_target.server.engine.job import Supervised
+    from eagle_target.server.engine.server import TargetModelServer
+    from eagle_target.server.middleware import Exchange
 
 MAX_HELLO_BYTES = 1 << 16
 MAX_CLIENT_LETTERS = 64
@@ -65,20 +70,20 @@ class TargetApp:
         page = StatusPage(server, channels, self.metrics, config)
         self.asgi = Starlette(
             routes=[
-                Route(protocol.STATUS, page.show),
-                Route(protocol.HEALTH, self.health),
-                Route(protocol.READY, self.ready),
-                Route(protocol.METRICS, self.show_metrics),
-                Route(protocol.TARGET, self.handshake),
-                Route(protocol.INPUT_EMBEDDINGS, self.input_embeddings),
-                Route(protocol.LM_HEAD, self.lm_head, methods=["POST"]),
-                Route(protocol.VOCAB_MAPPINGS + "/{sha256}", self.show_mapping),
-                Route(protocol.VOCAB_MAPPINGS + "/{sha256}", self.put_mapping, methods=["PUT"]),
-                Route(protocol.SUPERVISION, self.supervise, methods=["POST"]),
-                Route(protocol.TRANSPORTS + "/{name}/channels", self.open_channel, methods=["POST"]),
-                Route(protocol.TRANSPORTS + "/{name}/channels/{channel}", self.renew_channel, methods=["PUT"]),
-                Route(protocol.TRANSPORTS + "/{name}/channels/{channel}", self.close_channel, methods=["DELETE"]),
-                Route(protocol.TRANSPORTS + "/{name}/channels/{channel}/messages", self.tell_channel, methods=["POST"]),
+                Route(messages.STATUS, page.show),
+                Route(messages.HEALTH, self.health),
+                Route(messages.READY, self.ready),
+                Route(messages.METRICS, self.show_metrics),
+                Route(messages.TARGET, self.handshake),
+                Route(messages.INPUT_EMBEDDINGS, self.input_embeddings),
+                Route(messages.LM_HEAD, self.lm_head, methods=["POST"]),
+                Route(messages.VOCAB_MAPPINGS + "/{sha256}", self.show_mapping),
+                Route(messages.VOCAB_MAPPINGS + "/{sha256}", self.put_mapping, methods=["PUT"]),
+                Route(messages.SUPERVISION, self.supervise, methods=["POST"]),
+                Route(messages.TRANSPORTS + "/{name}/channels", self.open_channel, methods=["POST"]),
+                Route(messages.TRANSPORTS + "/{name}/channels/{channel}", self.renew_channel, methods=["PUT"]),
+                Route(messages.TRANSPORTS + "/{name}/channels/{channel}", self.close_channel, methods=["DELETE"]),
+                Route(messages.TRANSPORTS + "/{name}/channels/{channel}/messages", self.tell_channel, methods=["POST"]),
                 *client_routes(server.clients),
             ],
             exception_handlers={
@@ -92,7 +97,7 @@ class TargetApp:
     def note_exchange(self, exchange: Exchange) -> None:
         """Count what a request that is over came to."""
         # A probe that is told `loading` is no error.
-        if exchange.problem and exchange.path != protocol.READY:
+        if exchange.problem and exchange.path != messages.READY:
             self.metrics.count_problem(exchange.problem, exchange.status)
 
     async def health(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's signature
@@ -115,7 +120,7 @@ class TargetApp:
     async def handshake(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's signature
         """What is served, and how."""
         served, config = self.server.served, self.config
-        answer = protocol.Handshake(
+        answer = messages.Handshake(
             server_version=importlib.metadata.version("eagle-target"),
             target=served.info,
             aux_layer_ids=served.aux_layer_ids,
@@ -123,7 +128,7 @@ class TargetApp:
             encodings=self.server.encodings,
             bytes_per_token=bytes_per_token(served.info, self.server.encodings, None),
             transports=self.channels.offers(),
-            limits=protocol.Limits(
+            limits=messages.Limits(
                 max_body_bytes=config.max_body_bytes,
                 max_request_tokens=config.max_request_tokens,
                 max_batch_tokens=config.max_batch_tokens,
@@ -152,7 +157,7 @@ class TargetApp:
         parts = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
         soft_cap = "" if head.soft_cap is None else repr(head.soft_cap)
         metadata = {"logit_scale": repr(head.logit_scale), "soft_cap": soft_cap}
-        return await self._stream(request, parts, metadata, answered=protocol.head_digest(token_ids))
+        return await self._stream(request, parts, metadata, answered=messages.head_digest(token_ids))
 
     async def show_mapping(self, request: Request) -> Response:
         """What a mapping that was given makes of a token, by encoding."""
@@ -162,7 +167,7 @@ class TargetApp:
 
     async def put_mapping(self, request: Request) -> Response:
         """Keep a vocabulary mapping under its hash."""
-        mapping = protocol.decode_mapping(await read_mapping_body(request, self.config))
+        mapping = messages.decode_mapping(await read_mapping_body(request, self.config))
         if request.path_params["sha256"] != mapping.sha256:
             raise VocabMappingError(
                 f"the mapping's hash is {mapping.sha256}, the path says {request.path_params['sha256'][:64]!r}"
@@ -186,7 +191,7 @@ class TargetApp:
     async def open_channel(self, request: Request) -> Response:
         """Open a channel on a transport."""
         body = await read_body(request, limit=MAX_HELLO_BYTES, timeout=self.config.body_timeout)
-        hello = protocol.read_json_object(bytes(body) or b"{}", "the channel's hello")
+        hello = messages.read_json_object(bytes(body) or b"{}", "the channel's hello")
         opening = partial(self.channels.open, request.path_params["name"], hello)
         channel, answer = await run_in_threadpool(opening, reached_at=own_address_of(request.scope))
         return CheckedJson({**answer, "channel": channel}, status_code=201)
@@ -200,7 +205,7 @@ class TargetApp:
         """A message from the client's end of a channel to the server's."""
         channel = self.channels.find(request.path_params["name"], request.path_params["channel"])
         body = await read_body(request, limit=MAX_HELLO_BYTES, timeout=self.config.body_timeout)
-        message = protocol.read_json_object(bytes(body), "the channel's message")
+        message = messages.read_json_object(bytes(body), "the channel's message")
         return CheckedJson(await run_in_threadpool(channel.answer, message))
 
     async def close_channel(self, request: Request) -> Response:
@@ -225,13 +230,13 @@ class TargetApp:
             return problem_of(error)
 
     async def _supervise(self, request: Request) -> Response:
-        name = request.headers.get(protocol.TRANSPORT, "wire")
-        channel = self.channels.find(name, request.headers.get(protocol.CHANNEL))
+        name = request.headers.get(messages.TRANSPORT, "wire")
+        channel = self.channels.find(name, request.headers.get(messages.CHANNEL))
         exchange: Exchange = request.scope[EXCHANGE]
         body = await self._read(request)
         self.metrics.count_received(len(body))
         read_seconds = exchange.seconds
-        supervision_request = protocol.decode_request(body, self._find_mapping)
+        supervision_request = messages.decode_request(body, self._find_mapping)
         check_size(supervision_request, self.config)
         client = exchange.client_id[:MAX_CLIENT_LETTERS]
         submit = partial(self.server.submit, supervision_request, channel.new_tensors, client=client)
@@ -240,18 +245,18 @@ class TargetApp:
         supervised = await wait_for_answer(future, request)
         answered_at = time.perf_counter()
         headers = self._headers(exchange.request_id, supervision_request, supervised)
-        metadata = {name: value for name, value in headers.items() if name != protocol.TIMINGS}
+        metadata = {name: value for name, value in headers.items() if name != messages.TIMINGS}
         reply = await run_in_threadpool(channel.send, exchange.request_id, supervised.tensors, metadata)
         headers |= await checksum_headers(request, reply)
         if reply.moved_bytes:
-            headers[protocol.MOVED_BYTES] = str(reply.moved_bytes)
+            headers[messages.MOVED_BYTES] = str(reply.moved_bytes)
         self.metrics.count_supervision(
             tokens=supervision_request.tokens,
             transport=name,
             sent_bytes=reply.length + reply.moved_bytes,
             timings={"read": read_seconds, **supervised.timings},
         )
-        self.metrics.count_transport(client, name, request.headers.get(protocol.PASSED_OVER, ""))
+        self.metrics.count_transport(client, name, request.headers.get(messages.PASSED_OVER, ""))
         self.server.clients.supervised(client, tokens=supervision_request.tokens, transport=name)
         exchange.fields |= {"tokens": supervision_request.tokens, "transport": name}
         return TensorResponse(
@@ -265,17 +270,17 @@ class TargetApp:
     def _headers(self, request_id: str, request: SupervisionRequest, supervised: Supervised) -> dict[str, str]:
         stages = (f"{stage};dur={seconds * 1000:.3f}" for stage, seconds in supervised.timings.items())
         headers = {
-            **self._identity(request_id, protocol.request_digest(request)),
-            protocol.TIMINGS: ", ".join(stages),
+            **self._identity(request_id, messages.request_digest(request)),
+            messages.TIMINGS: ", ".join(stages),
         }
-        return headers if request.mapping is None else {**headers, protocol.MAPPING: request.mapping.sha256}
+        return headers if request.mapping is None else {**headers, messages.MAPPING: request.mapping.sha256}
 
     def _identity(self, request_id: str, answered: str) -> dict[str, str]:
         """What an answer says of itself: whose it is, to what, and of which target."""
         return {
-            protocol.REQUEST_ID: request_id,
-            protocol.ANSWERED: answered,
-            protocol.FINGERPRINT: self.server.served.fingerprint,
+            messages.REQUEST_ID: request_id,
+            messages.ANSWERED: answered,
+            messages.FINGERPRINT: self.server.served.fingerprint,
         }
 
     def _find_mapping(self, sha256: str) -> VocabMapping:
@@ -291,7 +296,7 @@ class TargetApp:
         self, request: Request, tensors: dict[str, torch.Tensor], metadata: dict[str, str], *, answered: str
     ) -> Response:
         # Tensors on a device are copied first, which other requests need not wait for.
-        reply = Reply(protocol.CONTENT_TYPE, await run_in_threadpool(encode_tensors, tensors, metadata))
+        reply = Reply(messages.CONTENT_TYPE, await run_in_threadpool(encode_tensors, tensors, metadata))
         identity = self._identity(request.scope[EXCHANGE].request_id, answered)
         headers = {**identity, **await checksum_headers(request, reply)}
         return TensorResponse(reply, headers, send_timeout=self.config.send_timeout)

@@ -11,15 +11,17 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from eagle_target import protocol
 from eagle_target.errors import ProtocolError, RequestTooLarge, ServerError
+from eagle_target.protocol.messages import messages
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from concurrent.futures import Future
 
     from starlette.types import Receive, Scope, Send
 
-    from eagle_target.transports import Reply
+    from eagle_target.plugins.transport import Reply
+    from eagle_target.server.engine.job import Supervised
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +47,7 @@ async def read_body(
         RequestTooLarge: more than `limit` bytes were announced.
         ProtocolError: a checksum came with the body, and is another's.
     """
-    length = protocol.read_count(request.headers.get("content-length", ""))
+    length = messages.read_count(request.headers.get("content-length", ""))
     if length is None:
         raise ServerError("the request needs a Content-Length header", status=411, problem="length-required")
     if length > limit:
@@ -70,8 +72,8 @@ async def read_body(
         ) from error
     if filled != length:
         raise ClientDisconnect
-    announced = request.headers.get(protocol.CHECKSUM)
-    if announced is not None and announced != (found := protocol.checksum_of([body])):
+    announced = request.headers.get(messages.CHECKSUM)
+    if announced is not None and announced != (found := messages.checksum_of([body])):
         raise ProtocolError(
             f"the request announced checksum {announced[:64]!r}, its body has {found!r}: it changed on its way"
         )
@@ -80,9 +82,9 @@ async def read_body(
 
 async def checksum_headers(request: Request, reply: Reply) -> dict[str, str]:
     """The header with a body's checksum, for a client that asked for it."""
-    if request.headers.get(protocol.WANT_CHECKSUM) != protocol.CHECKSUM_NAME:
+    if request.headers.get(messages.WANT_CHECKSUM) != messages.CHECKSUM_NAME:
         return {}
-    return {protocol.CHECKSUM: await run_in_threadpool(protocol.checksum_of, reply.parts)}
+    return {messages.CHECKSUM: await run_in_threadpool(messages.checksum_of, reply.parts)}
 
 
 class CheckedJson(JSONResponse):
@@ -90,7 +92,7 @@ class CheckedJson(JSONResponse):
 
     def __init__(self, content: Mapping[str, Any], status_code: int = 200) -> None:
         super().__init__(content, status_code)
-        self.headers[protocol.CHECKSUM] = protocol.checksum_of([self.body])
+        self.headers[messages.CHECKSUM] = messages.checksum_of([self.body])
 
 
 class TensorResponse(Response):
@@ -142,3 +144,38 @@ async def wait_for_disconnect(request: Request) -> None:
         message = await request.receive()
         if message["type"] == "http.disconnect":
             return
+
+
+class FollowedResponse(Response):
+    """A response that says when it is sent, or given up: a drain waits for it."""
+
+    def __init__(self, response: Response, on_end: Callable[[], None]) -> None:
+        self._response = response
+        self._on_end = on_end
+        self.status_code = response.status_code
+        self.background = None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Send it."""
+        try:
+            await self._response(scope, receive, send)
+        finally:
+            self._on_end()
+
+
+async def wait_for_answer(future: Future[Supervised], request: Request) -> Supervised:
+    """Wait for a queued request, and give it up when its client is gone.
+
+    Raises:
+        ClientDisconnect: it is gone. EagleTargetError: what the request ran into.
+    """
+    answer = asyncio.wrap_future(future)
+    gone = asyncio.ensure_future(wait_for_disconnect(request))
+    try:
+        await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise ClientDisconnect
+        return answer.result()
+    finally:
+        gone.cancel()
+        answer.cancel()

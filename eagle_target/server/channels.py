@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from eagle_target.errors import ConfigError, ServerError, TransportError
-from eagle_target.options import build_model
-from eagle_target.plugins import unusable_reason
+from eagle_target.plugins.options import build_model
+from eagle_target.plugins.registry import unusable_reason
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from eagle_target.plugins import Plugins
-    from eagle_target.transports import ServerChannel, ServerEndpoint, Transport
+    from eagle_target.plugins.registry import Plugins
+    from eagle_target.plugins.transport import ServerChannel, ServerEndpoint, Transport
 
 
 logger = logging.getLogger(__name__)

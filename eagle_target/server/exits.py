@@ -7,13 +7,13 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
-from eagle_target.server.state import SERVING_STATES
+from eagle_target.server.engine.state import SERVING_STATES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from eagle_target.config import ServerConfig
-    from eagle_target.server.engine import TargetModelServer
+    from eagle_target.server.engine.server import TargetModelServer
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.registry import Collector
 
 from eagle_target.errors import Unavailable
+from eagle_target.server.engine.state import State
 from eagle_target.server.recent import STAGES, Recent
-from eagle_target.server.state import State
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
     from eagle_target.server.channels import Channels
-    from eagle_target.server.engine import TargetModelServer
+    from eagle_target.server.engine.server import TargetModelServer
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)

@@ -20,7 +20,7 @@ from eagle_target.errors import (
     TransportError,
     VocabMappingError,
 )
-from eagle_target.protocol import PROBLEM_TYPE, PROBLEM_URN
+from eagle_target.protocol.messages import PROBLEM_TYPE, PROBLEM_URN
 
 if TYPE_CHECKING:
     from starlette.requests import Request

@@ -11,8 +11,8 @@ import torch
 from eagle_target.checkpoints.digest import checkpoint_digest
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.colocated import RunnerEagle3TargetModel
+from eagle_target.contract.runner import TargetRunner
 from eagle_target.errors import AdapterError, ContractError, EagleTargetError
-from eagle_target.runner import TargetRunner
 from eagle_target.testing.adapter_oracle import assert_near, check_batch, padded_input
 from eagle_target.testing.adapter_suite import AUX, DRAFT_VOCAB, AdapterSuite
 from eagle_target.testing.server import loopback_server
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from eagle_target.runner import TargetForward
+    from eagle_target.contract.runner import TargetForward
     from eagle_target.testing.adapter_oracle import TrainerInput
     from eagle_target.testing.adapter_suite import LoadedTarget
 

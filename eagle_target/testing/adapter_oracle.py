@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from eagle_target.batch import Eagle3TargetBatch
+    from eagle_target.contract.batch import Eagle3TargetBatch
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,8 @@ import torch
 import urllib3
 
 from eagle_target.client.remote import RemoteEagle3TargetModel
+from eagle_target.contract.target import default_eagle3_aux_layer_ids
 from eagle_target.errors import ContractError
-from eagle_target.layers import default_eagle3_aux_layer_ids
 from eagle_target.testing.adapter_oracle import HFOracle, check_batch, packed_input, padded_input
 from eagle_target.testing.adapter_suite import DRAFT_VOCAB, RAGGED, AdapterSuite
 from eagle_target.testing.server import ServerNotReady, server_process

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from eagle_target.colocated import RunnerEagle3TargetModel
-from eagle_target.options import build_model
+from eagle_target.plugins.options import build_model
 from eagle_target.testing.adapter_oracle import HFOracle, assert_near, check_batch
 from eagle_target.testing.tiny import save_tiny_target, shuffled_mapping
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from eagle_target.adapters import Adapter
-    from eagle_target.runner import TargetForward, TargetRunner
+    from eagle_target.contract.runner import TargetForward, TargetRunner
+    from eagle_target.plugins.adapter import Adapter
     from eagle_target.testing.adapter_oracle import TrainerInput
 
 AUX = (0, 3, 5)

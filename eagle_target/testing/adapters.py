@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from eagle_target.colocated import RunnerEagle3TargetModel
+from eagle_target.contract.target import default_eagle3_aux_layer_ids
 from eagle_target.errors import AdapterError, ConfigError
-from eagle_target.layers import default_eagle3_aux_layer_ids
-from eagle_target.options import PluginOptions, build_model
-from eagle_target.plugins import load_plugins
+from eagle_target.plugins.options import PluginOptions, build_model
+from eagle_target.plugins.registry import load_plugins
 from eagle_target.targets import load_runner
 from eagle_target.testing.adapter_contract import AdapterContractConformance, AdapterServerConformance
 from eagle_target.testing.adapter_oracle import HFOracle, assert_near, packed_input, padded_input, relative_error

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from eagle_target.runner import TargetRunner
-    from eagle_target.server.serve import HttpServer
+    from eagle_target.contract.runner import TargetRunner
+    from eagle_target.server.run import HttpServer
 
 
 class ServeOnLoopback(Protocol):

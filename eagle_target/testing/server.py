@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 from eagle_target.bench.launching import ServerProcess, run_process
 from eagle_target.config import ServerConfig
 from eagle_target.errors import BenchmarkError
-from eagle_target.server.serve import HttpServer
+from eagle_target.server.run import HttpServer
 from eagle_target.testing.tiny import EmbeddingRunner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from eagle_target.runner import TargetRunner
+    from eagle_target.contract.runner import TargetRunner
 
 __all__ = ["ServerNotReady", "ServerProcess", "embedding_process", "loopback_server", "server_process"]
 

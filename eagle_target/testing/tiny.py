@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from eagle_target.contract.runner import DraftHead, TargetForward
+from eagle_target.contract.target import TargetInfo, default_eagle3_aux_layer_ids, validate_aux_layer_ids
+from eagle_target.contract.vocab_mapping import VocabMapping
 from eagle_target.errors import AdapterError, ContractError
-from eagle_target.info import TargetInfo
-from eagle_target.layers import default_eagle3_aux_layer_ids, validate_aux_layer_ids
-from eagle_target.runner import DraftHead, TargetForward
-from eagle_target.vocabulary import VocabMapping
 
 if TYPE_CHECKING:
     import os

@@ -10,22 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from eagle_target import protocol
-from eagle_target.client.connection import ServerConnection
-from eagle_target.client.control import ChannelControl
+from eagle_target.client.http import ServerConnection
+from eagle_target.client.lease import ChannelControl
+from eagle_target.contract.sinks import PackedTensors, RowStore, scattered_store
 from eagle_target.errors import ConnectError
-from eagle_target.options import build_model
-from eagle_target.rows import PackedTensors, RowStore, scattered_store
+from eagle_target.plugins.options import build_model
+from eagle_target.protocol.messages import messages
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
     from typing import Self
 
-    from eagle_target.client.connection import ResponseBody
-    from eagle_target.rows import Sink
-    from eagle_target.supervision import SupervisionRequest
-    from eagle_target.transports import (
+    from eagle_target.client.http import ResponseBody
+    from eagle_target.contract.request import SupervisionRequest
+    from eagle_target.contract.sinks import Sink
+    from eagle_target.plugins.transport import (
         ClientChannel,
         IncomingBody,
         Reply,
@@ -190,7 +190,7 @@ class ServerClient:
         self._name = transport.name
         self._next_id = iter(range(1 << 30))
         self._lock = threading.Lock()
-        handshake = protocol.read_handshake(self._connection.request_json("GET", protocol.TARGET))
+        handshake = messages.read_handshake(self._connection.request_json("GET", messages.TARGET))
         checked = build_model(transport.options_model, options, f"options of transport {transport.name!r}")
         self._control = ChannelControl(
             self._connection, transport.name, device="cpu", target_device=handshake.target.device
@@ -200,10 +200,10 @@ class ServerClient:
     def ask(self, request: SupervisionRequest) -> ResponseBody:
         """Ask for supervision and return the answer's body, unread."""
         with self._lock:
-            headers = {protocol.REQUEST_ID: f"test-{next(self._next_id)}", protocol.TRANSPORT: self._name}
+            headers = {messages.REQUEST_ID: f"test-{next(self._next_id)}", messages.TRANSPORT: self._name}
         if self._control.channel_id is not None:
-            headers[protocol.CHANNEL] = self._control.channel_id
-        return self._connection.request("POST", protocol.SUPERVISION, protocol.encode_request(request), headers)
+            headers[messages.CHANNEL] = self._control.channel_id
+        return self._connection.request("POST", messages.SUPERVISION, messages.encode_request(request), headers)
 
     def receive(self, body: IncomingBody, sink: Sink) -> dict[str, str]:
         """Receive a transfer."""

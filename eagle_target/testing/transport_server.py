@@ -13,9 +13,9 @@ import torch
 
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.colocated import RunnerEagle3TargetModel
+from eagle_target.contract.request import SupervisionRequest
+from eagle_target.contract.sinks import PackedTensors
 from eagle_target.errors import TransferTimeout, TransportError
-from eagle_target.rows import PackedTensors
-from eagle_target.supervision import SupervisionRequest
 from eagle_target.testing.server import embedding_process, loopback_server
 from eagle_target.testing.tiny import EmbeddingRunner, shuffled_mapping
 from eagle_target.testing.transport_harness import ServerClient, WatchedBody, assert_same_bits

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import pytest
 import torch
 
-from eagle_target.options import build_model
+from eagle_target.plugins.options import build_model
 from eagle_target.testing.transport_harness import ChannelPair, assert_same_bits, random_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from eagle_target.transports import ServerEndpoint, Transport
+    from eagle_target.plugins.transport import ServerEndpoint, Transport
 
 
 class TransportSuite:

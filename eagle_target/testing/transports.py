@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from eagle_target.contract.sinks import PackedTensors
 from eagle_target.errors import ConfigError, ProtocolError, TransportError
-from eagle_target.options import PluginOptions, build_model
-from eagle_target.plugins import load_plugins
-from eagle_target.rows import PackedTensors
+from eagle_target.plugins.options import PluginOptions, build_model
+from eagle_target.plugins.registry import load_plugins
 from eagle_target.testing.transport_harness import (
     DTYPES,
     ChannelPair,
@@ -36,7 +36,7 @@ from eagle_target.testing.transport_server import TransportFaultConformance, Tra
 from eagle_target.testing.transport_suite import TransportSuite
 
 if TYPE_CHECKING:
-    from eagle_target.transports import ServerEndpoint
+    from eagle_target.plugins.transport import ServerEndpoint
 
 IMPORT_CHECK = """
 import importlib, sys

@@ -9,7 +9,7 @@ import pytest
 import torch
 from eagle_target_hf import HFAdapter
 
-from eagle_target.layers import validate_aux_layer_ids
+from eagle_target.contract.target import validate_aux_layer_ids
 from eagle_target.testing.adapter_oracle import HFOracle, padded_input
 from eagle_target.testing.adapter_served import ServedAdapterConformance, ServedCheckpoint
 from eagle_target.testing.adapter_suite import LoadedTarget
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from eagle_target.runner import DraftHead, TargetForward, TargetRunner
+    from eagle_target.contract.runner import DraftHead, TargetForward, TargetRunner
 
 
 class Suite(AdapterConformance):

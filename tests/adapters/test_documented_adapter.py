@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any, ClassVar
 
-from eagle_target.plugins import call_hooks
+from eagle_target.plugins.registry import call_hooks
 from eagle_target.testing.adapter_contract import AdapterContractConformance, AdapterServerConformance
 from eagle_target.testing.adapters import AdapterParityConformance
 from eagle_target.testing.transports import TransportTensorConformance

@@ -9,8 +9,8 @@ import pytest
 from eagle_target.bench.advice import Rates, advise
 from eagle_target.bench.measuring import Cell, Endpoint
 from eagle_target.bench.report import advice_lines, nine_of_ten, rates_of
-from eagle_target.bench.workload import Workload
 from eagle_target.errors import ConfigError
+from eagle_target.verify.workload import Workload
 
 RATES = Rates(batch_tokens=16_384, server_tokens=10_000.0, latency=2.0, client_seconds=0.1, batch_bytes=5e8)
 

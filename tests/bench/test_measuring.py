@@ -9,8 +9,8 @@ import pytest
 from eagle_target.bench.measuring import Cell, Endpoint, Measurement, make_cells
 from eagle_target.bench.plan import Plan
 from eagle_target.bench.report import cell_json, cells_table, console, problems
-from eagle_target.bench.workload import Workload
 from eagle_target.errors import ConfigError
+from eagle_target.verify.workload import Workload
 
 ENDPOINTS = [Endpoint("one", "http://one"), Endpoint("two", "http://two")]
 WORKLOAD = Workload(batch=2, seq=10)

@@ -11,9 +11,9 @@ import pytest
 
 from eagle_target.bench.measuring import Cell, Endpoint
 from eagle_target.bench.page import render_page
-from eagle_target.bench.workload import Workload
 from eagle_target.client.timings import STAGES
 from eagle_target.errors import ConfigError
+from eagle_target.verify.workload import Workload
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from eagle_target import RunnerEagle3TargetModel
-from eagle_target.bench.parity import DEFAULTS, Comparison, default_tolerances
-from eagle_target.bench.verifying import check_comparable, compare_targets, random_rows
+from eagle_target.contract.vocab_mapping import VocabMapping
 from eagle_target.errors import ConfigError, ContractError
 from eagle_target.testing.tiny import EmbeddingRunner, shuffled_mapping
-from eagle_target.vocabulary import VocabMapping
+from eagle_target.verify.parity import DEFAULTS, Comparison, default_tolerances
+from eagle_target.verify.verification import check_comparable, compare_targets, random_rows
 
 if TYPE_CHECKING:
-    from eagle_target.batch import Eagle3TargetBatch
+    from eagle_target.contract.batch import Eagle3TargetBatch
 
 VOCAB = 61
 EXACT = DEFAULTS["float32"]
@@ -166,7 +166,7 @@ def test_rows_are_compared_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> No
     targets = [RunnerEagle3TargetModel(EmbeddingRunner(vocab_size=VOCAB, seed=s), rows="all") for s in (1, 0)]
     mapping = VocabMapping.identity(VOCAB)
     whole = compare_targets(targets[0], targets[1], rows, mapping, tie=EXACT.tie, worst=3)
-    monkeypatch.setattr("eagle_target.bench.verifying.CHUNK_BYTES", 2 * 4 * VOCAB * 10)
+    monkeypatch.setattr("eagle_target.verify.verification.CHUNK_BYTES", 2 * 4 * VOCAB * 10)
     parts = compare_targets(targets[0], targets[1], rows, mapping, tie=EXACT.tie, worst=3)
 
     assert parts.positions == whole.positions

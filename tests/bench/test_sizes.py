@@ -9,9 +9,9 @@ import torch
 
 from eagle_target import RemoteEagle3TargetModel
 from eagle_target.bench.sizes import KNOWN_MODELS, bytes_per_token, known_sizes, reference_bytes_per_token
-from eagle_target.bench.workload import Workload
-from eagle_target.info import TargetInfo
+from eagle_target.contract.target import TargetInfo
 from eagle_target.testing.tiny import EmbeddingRunner
+from eagle_target.verify.workload import Workload
 
 if TYPE_CHECKING:
     from eagle_target.testing.fixtures import ServeOnLoopback

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from eagle_target.bench.workload import Workload, random_mapping
 from eagle_target.errors import ConfigError
+from eagle_target.verify.workload import Workload, random_mapping
 
 
 @pytest.mark.parametrize(("batch", "pad_ratio"), [(1, 0.0), (8, 0.0), (8, 0.5), (5, 0.3), (2, 0.9)])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import pytest
 
 from eagle_target.cli.main import main
-from eagle_target.server import logs
+from eagle_target.server import log
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -47,7 +47,7 @@ def eagle_target() -> Command:
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Run `eagle-target ARGUMENTS` in this process, which ends with status 1, and return its one line of error."""
     # The log of this process is pytest's.
-    monkeypatch.setattr(logs, "configure_logging", lambda *_: None)
+    monkeypatch.setattr(log, "configure_logging", lambda *_: None)
 
     def run(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["eagle-target", *arguments])

@@ -19,7 +19,7 @@ COMMANDS = [[], *([name] for name in cli.commands)]
 NO_TORCH = """
 import sys
 from eagle_target.cli.main import cli
-from eagle_target.plugins import load_plugins
+from eagle_target.plugins.registry import load_plugins
 found = load_plugins()
 for origin in [*found.adapters, *found.transports]:
     origin.plugin.unusable_reason(), origin.plugin.options_model

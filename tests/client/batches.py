@@ -11,8 +11,8 @@ from eagle_target.testing.tiny import EmbeddingRunner
 from tests.server.cases import POISON, VOCAB_SIZE, mapping_of
 
 if TYPE_CHECKING:
-    from eagle_target.batch import Eagle3TargetBatch
-    from eagle_target.vocabulary import VocabMapping
+    from eagle_target.contract.batch import Eagle3TargetBatch
+    from eagle_target.contract.vocab_mapping import VocabMapping
 
 
 def rows_of(seed: int = 0, batch: int = 2, seq: int = 12) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ import threading
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from eagle_target import protocol
+from eagle_target.protocol.messages import messages
 from tests.server.http import Answer, ask
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def forwarding(
 
 def with_body(answer: Answer, body: bytes) -> Answer:
     """The same answer with another body, as if that had been sent."""
-    headers = {name: value for name, value in answer.headers.items() if name.lower() != protocol.CHECKSUM.lower()}
+    headers = {name: value for name, value in answer.headers.items() if name.lower() != messages.CHECKSUM.lower()}
     return replace(answer, body=body, headers={**headers, "content-length": str(len(body))})
 
 

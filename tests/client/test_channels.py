@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import pytest
 from eagle_target_inprocess.transport import InProcessTransport
 
-from eagle_target import protocol
-from eagle_target.client import dispatch, peer
+from eagle_target.client import balancer, session
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.errors import ConnectError, TransferTimeout
-from eagle_target.plugins import Origin, load_plugins
+from eagle_target.plugins.registry import Origin, load_plugins
+from eagle_target.plugins.transport import ClientChannel
+from eagle_target.protocol.messages import messages
 from eagle_target.testing.server import loopback_server
-from eagle_target.transports import ClientChannel
 from tests.client.batches import assert_same_batch, expected_batch, rows_of
 from tests.server.cases import TestRunner, mapping_of, wait_until
 from tests.server.http import ask
@@ -24,11 +24,11 @@ from tests.server.http import ask
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from eagle_target.contract.sinks import Sink
     from eagle_target.errors import TransportError
-    from eagle_target.options import PluginOptions
-    from eagle_target.rows import Sink
-    from eagle_target.server.serve import HttpServer
-    from eagle_target.transports import ControlPlane, IncomingBody
+    from eagle_target.plugins.options import PluginOptions
+    from eagle_target.plugins.transport import ControlPlane, IncomingBody
+    from eagle_target.server.run import HttpServer
 
 SOON_SECONDS = 20.0
 LEASE_SECONDS = 1.2
@@ -86,8 +86,8 @@ def fragile(monkeypatch: pytest.MonkeyPatch) -> None:
     fresh: dict[str, Any] = {"failures": [], "refusal": None, "against": None, "opened": []}
     for name, value in fresh.items():
         monkeypatch.setattr(FragileTransport, name, value)
-    monkeypatch.setattr(dispatch, "FIRST_PAUSE_SECONDS", 0.02)
-    monkeypatch.setattr(peer, "FIRST_RECOVERY_SECONDS", 0.05)
+    monkeypatch.setattr(balancer, "FIRST_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr(session, "FIRST_RECOVERY_SECONDS", 0.05)
 
 
 @pytest.fixture
@@ -158,7 +158,7 @@ def test_with_a_choice_the_next_transport_serves_until_the_better_one_is_back(
         assert described(target)["transports_refused"] == {}
         assert target.model_info()["traffic"]["retries"] == 0
     assert caplog.text.count("is stepped down from") == 1
-    text = ask(server.url, "GET", protocol.METRICS).body.decode()
+    text = ask(server.url, "GET", messages.METRICS).body.decode()
     assert 'eagle_target_passed_over_requests_total{transport="fragile"} 3.0' in text
 
 

@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from eagle_target.client.answers import error_of
-from eagle_target.client.connection import MAX_JSON_BYTES, ServerConnection
-from eagle_target.client.sockets import OpenSockets
+from eagle_target.client.http import MAX_JSON_BYTES, OpenSockets, ServerConnection, error_of
 from eagle_target.errors import (
     AdapterError,
     ConfigError,

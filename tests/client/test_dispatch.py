@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
-from eagle_target.client import dispatch
-from eagle_target.client.dispatch import Dispatcher, Standing, is_busy, is_retryable
+from eagle_target.client import balancer
+from eagle_target.client.balancer import Dispatcher, Standing, is_busy, is_retryable
 from eagle_target.errors import (
     AdapterError,
     ConfigError,
@@ -31,7 +31,7 @@ from tests.server.cases import wait_until
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from eagle_target.client.peer import Peer
+    from eagle_target.client.session import Peer
 
 PATIENCE_SECONDS = 20.0
 
@@ -43,8 +43,8 @@ def dispatcher(*urls: str, max_retries: int = 3, timeout: float = 10.0, retry_ti
 
 @pytest.fixture
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "FIRST_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(dispatch, "BUSY_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(balancer, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(balancer, "BUSY_PAUSE_SECONDS", 0.01)
 
 
 def failing(error: EagleTargetError, *urls: str) -> tuple[list[str], Callable[[Peer], str]]:
@@ -112,7 +112,7 @@ def test_a_server_that_failed_is_tried_again_after_a_pause() -> None:
 
 def test_pauses_grow_with_each_outage_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr(dispatch, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(balancer, "time", SimpleNamespace(monotonic=lambda: now))
     standing = Standing(cast("Peer", None))
     pauses = []
     for _ in range(7):
@@ -251,8 +251,8 @@ def test_servers_that_cannot_be_reached_are_asked_for_so_many_seconds() -> None:
 
 
 def test_a_pause_does_not_outlast_the_time_for_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "FIRST_PAUSE_SECONDS", 1000.0)
-    monkeypatch.setattr(dispatch, "LONGEST_PAUSE_SECONDS", 1000.0)
+    monkeypatch.setattr(balancer, "FIRST_PAUSE_SECONDS", 1000.0)
+    monkeypatch.setattr(balancer, "LONGEST_PAUSE_SECONDS", 1000.0)
     chooser = dispatcher("a", max_retries=0, retry_timeout=0.1)
     ran, operation = failing(TransferTimeout("late"), "a")
     with pytest.raises(TransferTimeout):

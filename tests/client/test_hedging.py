@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trustme
 
-from eagle_target import protocol
-from eagle_target.client import dispatch
+from eagle_target.client import balancer
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.config import ClientConfig
 from eagle_target.errors import ConfigError, ContractError, ServerError
+from eagle_target.protocol.messages import messages
 from eagle_target.targets import open_target
 from eagle_target.testing.server import loopback_server
 from tests.client.batches import assert_same_batch, expected_batch, rows_of
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from eagle_target.server.serve import HttpServer
+    from eagle_target.server.run import HttpServer
     from tests.client.stub import Received, Stub
 
 SOON_SECONDS = 20.0
@@ -40,7 +40,7 @@ NEVER_SECONDS = 600.0
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "FIRST_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr(balancer, "FIRST_PAUSE_SECONDS", 0.02)
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def answering(url: str, change: Callable[[Answer], Answer]) -> Iterator[Stub]:
     """A server whose answers of supervision are changed."""
 
     def of_supervision(request: Received, answer: Answer) -> Answer:
-        return change(answer) if request.path == protocol.SUPERVISION else answer
+        return change(answer) if request.path == messages.SUPERVISION else answer
 
     with forwarding(url, of_supervision) as running:
         yield running
@@ -101,7 +101,7 @@ def failing(answer: Answer) -> Answer:
 
 
 def of_another_target(answer: Answer) -> Answer:
-    return replace(answer, headers={**answer.headers, protocol.FINGERPRINT.lower(): "0" * 64})
+    return replace(answer, headers={**answer.headers, messages.FINGERPRINT.lower(): "0" * 64})
 
 
 @pytest.mark.parametrize("transport", ["wire", "shm", "nccl", "inprocess"])
@@ -150,7 +150,7 @@ def test_what_nobody_waits_for_leaves_the_servers_queue(
             future.result(SOON_SECONDS)
         wait_until(lambda: outstanding(target) == [0, 0])
         slow_runner.gate.set()
-        wait_until(lambda: "queue_requests 0.0" in ask(slow.url, "GET", protocol.METRICS).body.decode())
+        wait_until(lambda: "queue_requests 0.0" in ask(slow.url, "GET", messages.METRICS).body.decode())
         assert slow_runner.entered == 1
 
 
@@ -287,7 +287,7 @@ def test_bytes_of_both_answers_count(good: HttpServer) -> None:
     def half(request: Received, connection: socket.socket) -> bool:
         headers = {name: value for name, value in request.headers.items() if name.lower() != "host"}
         answer = ask(good.url, request.method, request.path, request.body or None, headers)
-        if request.path != protocol.SUPERVISION:
+        if request.path != messages.SUPERVISION:
             connection.sendall(encode(answer))
             return True
         halves.append(len(answer.body) // 2)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, generate_latest
 
-from eagle_target.client import dispatch
+from eagle_target.client import balancer
 from eagle_target.client.metrics import ClientMetrics
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.testing.server import loopback_server
@@ -21,7 +21,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
 
 
 def test_health_and_traffic_are_exported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "FIRST_PAUSE_SECONDS", 60.0)
+    monkeypatch.setattr(balancer, "FIRST_PAUSE_SECONDS", 60.0)
     registry = CollectorRegistry()
     with loopback_server() as good, loopback_server() as dying:
         urls = [dying.url, good.url]

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from eagle_target import protocol
-from eagle_target.client import dispatch
+from eagle_target.client import balancer
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.colocated import RunnerEagle3TargetModel
 from eagle_target.config import ClientConfig, ServerConfig
@@ -31,7 +30,8 @@ from eagle_target.errors import (
     Unavailable,
     VocabMappingError,
 )
-from eagle_target.server.serve import HttpServer
+from eagle_target.protocol.messages import messages
+from eagle_target.server.run import HttpServer
 from eagle_target.targets import open_target
 from eagle_target.testing.server import loopback_server
 from eagle_target.testing.tiny import EmbeddingRunner, shuffled_mapping
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from eagle_target.runner import TargetRunner
-    from eagle_target.vocabulary import VocabMapping
+    from eagle_target.contract.runner import TargetRunner
+    from eagle_target.contract.vocab_mapping import VocabMapping
     from tests.client.stub import Received
     from tests.server.http import Answer
 
@@ -53,7 +53,7 @@ SOON_SECONDS = 20.0
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "FIRST_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr(balancer, "FIRST_PAUSE_SECONDS", 0.02)
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +234,7 @@ def test_what_is_no_server_is_refused(answer: bytes, message: str) -> None:
 
 def changed_handshake(server: HttpServer, **values: Any) -> Any:
     def change(received: Received, answer: Answer) -> Answer:
-        if received.path != protocol.TARGET:
+        if received.path != messages.TARGET:
             return answer
         body = json.dumps(answer.json() | values).encode()
         return with_body(answer, body)
@@ -343,11 +343,11 @@ def test_rows_that_break_the_contract_are_refused_before_anything_is_sent(server
         assert target.model_info()["traffic"] == before
 
 
-@pytest.mark.parametrize("header", [protocol.FINGERPRINT, protocol.REQUEST_ID, protocol.MAPPING])
+@pytest.mark.parametrize("header", [messages.FINGERPRINT, messages.REQUEST_ID, messages.MAPPING])
 @pytest.mark.parametrize("value", ["another", None])
 def test_an_answer_to_something_else_is_no_batch(server: HttpServer, header: str, value: str | None) -> None:
     def change(request: Received, answer: Answer) -> Answer:
-        if request.path != protocol.SUPERVISION:
+        if request.path != messages.SUPERVISION:
             return answer
         headers = {name: text for name, text in answer.headers.items() if name.lower() != header.lower()}
         return replace(answer, headers=headers if value is None else {**headers, header: value})
@@ -374,7 +374,7 @@ def test_an_answer_to_something_else_is_no_batch(server: HttpServer, header: str
 )
 def test_an_answer_that_lies_about_itself_is_no_batch(server: HttpServer, old: bytes, new: bytes, message: str) -> None:
     def change(request: Received, answer: Answer) -> Answer:
-        if request.path != protocol.SUPERVISION:
+        if request.path != messages.SUPERVISION:
             return answer
         body = answer.body.replace(old, new, 1)
         if len(body) > len(answer.body):

@@ -10,13 +10,13 @@ import torch
 
 from eagle_target.client import remote as remote_module
 from eagle_target.client.remote import RemoteEagle3TargetModel
-from eagle_target.client.staging import StagedSink
+from eagle_target.compute.assembly import StagedSink
 from eagle_target.testing.server import loopback_server
 from eagle_target.testing.tiny import EmbeddingRunner
 from tests.cuda_runtime import CUDA, Runtime
 
 if TYPE_CHECKING:
-    from eagle_target.assembly import BatchAssembler
+    from eagle_target.compute.assembly import BatchAssembler
 
 
 class Assembler:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from eagle_target import RemoteEagle3TargetModel
-from eagle_target.bench.workload import Workload
 from eagle_target.client.timings import STAGES, Traffic, received, server_seconds
 from eagle_target.testing.tiny import EmbeddingRunner
+from eagle_target.verify.workload import Workload
 
 if TYPE_CHECKING:
     from eagle_target.testing.fixtures import ServeOnLoopback

@@ -8,21 +8,21 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eagle_target import projection
-from eagle_target.assembly import BatchAssembler
+from eagle_target.compute import projection
+from eagle_target.compute.assembly import BatchAssembler
+from eagle_target.compute.layout import TrainerRows, read_trainer_rows
+from eagle_target.compute.supervise import compute_supervision
+from eagle_target.contract.sinks import PackedTensors
 from eagle_target.errors import ContractError, ProtocolError, VocabMappingError
-from eagle_target.rows import PackedTensors
-from eagle_target.supervision import SupervisionRequest, compute_supervision
 from eagle_target.testing.tiny import EmbeddingRunner, shuffled_mapping
-from eagle_target.trainer_rows import TrainerRows, read_trainer_rows
 from tests.core.layouts import LAYOUTS, mask_of
 from tests.oracle import assert_matches, oracle_batch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from eagle_target.batch import Eagle3TargetBatch
-    from eagle_target.projection import Encoding, RowPolicy
+    from eagle_target.contract.batch import Eagle3TargetBatch
+    from eagle_target.contract.request import Encoding, RowPolicy, SupervisionRequest
 
 VOCAB = 53
 MAPPING = shuffled_mapping(VOCAB, 12)

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from eagle_target.batch import Eagle3TargetBatch
+from eagle_target.contract.batch import Eagle3TargetBatch
 from eagle_target.errors import ContractError
 
 FORMS = {

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from eagle_target.buffers import ROUNDING_BYTES, SMALL_BYTES, BufferPool, trim_heap
+from eagle_target.memory import ROUNDING_BYTES, SMALL_BYTES, BufferPool, trim_heap
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,18 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eagle_target.colocated import RunnerEagle3TargetModel
+from eagle_target.contract.runner import TargetForward
+from eagle_target.contract.vocab_mapping import VocabMapping
 from eagle_target.errors import AdapterError, ContractError, VocabMappingError
-from eagle_target.runner import TargetForward
 from eagle_target.testing.tiny import EmbeddingRunner, shuffled_mapping
-from eagle_target.vocabulary import VocabMapping
 from tests.core.layouts import LAYOUTS, mask_of, packed_masks, padded_masks
 from tests.oracle import assert_matches, oracle_batch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from eagle_target.batch import Eagle3TargetBatch
-    from eagle_target.projection import Encoding, RowPolicy
+    from eagle_target.contract.batch import Eagle3TargetBatch
+    from eagle_target.contract.request import Encoding, RowPolicy
 
 VOCAB = 53
 MAPPING = shuffled_mapping(VOCAB, 20)

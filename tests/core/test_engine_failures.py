@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from eagle_target.engine_failures import engine_call
 from eagle_target.errors import AdapterError, ContractError
+from eagle_target.plugins.engine_errors import engine_call
 
 CPU = torch.device("cpu")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from eagle_target.info import ServedTarget, TargetInfo
+from eagle_target.contract.target import ServedTarget, TargetInfo
 
 FACTS: dict[str, object] = {
     "model": "some/model",

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from eagle_target.contract.target import default_eagle3_aux_layer_ids, validate_aux_layer_ids
 from eagle_target.errors import ContractError
-from eagle_target.layers import default_eagle3_aux_layer_ids, validate_aux_layer_ids
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -6,7 +6,7 @@ import pytest
 from pydantic import Field
 
 from eagle_target.errors import ConfigError
-from eagle_target.options import PluginOptions, build_model, nearest_name, parse_assignments, parse_value
+from eagle_target.plugins.options import PluginOptions, build_model, nearest_name, parse_assignments, parse_value
 
 
 class Inner(PluginOptions):

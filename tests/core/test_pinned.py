@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from eagle_target import pinned
-from eagle_target.buffers import ROUNDING_BYTES, new_block
-from eagle_target.pinned import SLAB_BYTES, PinnedPool, Registration
+from eagle_target import memory
+from eagle_target.memory import ROUNDING_BYTES, SLAB_BYTES, PinnedPool, Registration, new_block
 from tests.cuda_runtime import CUDA, Runtime
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ MIB = 1 << 20
 
 @pytest.fixture
 def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
-    monkeypatch.setattr(pinned, "_kept", [])
+    monkeypatch.setattr(memory, "_kept", [])
     runtime = Runtime(monkeypatch)
     yield runtime
     gc.collect()
@@ -262,7 +261,7 @@ def test_memory_that_cuda_does_not_let_go_of_is_kept(runtime: Runtime, caplog: p
     ]
     assert runtime.last_error == 0
     assert runtime.registered == SLAB
-    assert len(pinned._kept) == 1
+    assert len(memory._kept) == 1
     runtime.ranges.clear()
 
 
@@ -272,7 +271,7 @@ def test_memory_is_kept_whatever_stands_in_the_way(runtime: Runtime, monkeypatch
     with pytest.raises(TypeError):
         registration.release()
     gc.collect()
-    assert len(pinned._kept) == 1
+    assert len(memory._kept) == 1
 
 
 def test_without_cuda_memory_is_pageable(caplog: pytest.LogCaptureFixture) -> None:

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from eagle_target.backend import Eagle3TargetBackend
-from eagle_target.batch import Eagle3TargetBatch
 from eagle_target.colocated import RunnerEagle3TargetModel
+from eagle_target.contract.batch import Eagle3TargetBatch
 from eagle_target.errors import AdapterError, ContractError
 from eagle_target.testing.tiny import EmbeddingRunner, shuffled_mapping
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from eagle_target.vocabulary import VocabMapping
+    from eagle_target.contract.vocab_mapping import VocabMapping
 
 Item = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from torch.nn import functional
 
-from eagle_target import projection
+from eagle_target.compute import projection
+from eagle_target.compute.projection import RowFacts, project_draft, project_full, tile_rows
+from eagle_target.contract.runner import DraftHead
+from eagle_target.contract.sinks import PackedTensors, RowStore
+from eagle_target.contract.vocab_mapping import VocabMapping
 from eagle_target.errors import ContractError
-from eagle_target.projection import Encoding, RowFacts, project_draft, project_full, tile_rows
-from eagle_target.rows import PackedTensors, RowStore
-from eagle_target.runner import DraftHead
 from eagle_target.testing.tiny import shuffled_mapping
-from eagle_target.vocabulary import VocabMapping
+
+if TYPE_CHECKING:
+    from eagle_target.contract.request import Encoding
 
 VOCAB, HIDDEN = 37, 6
 SHUFFLED = shuffled_mapping(VOCAB, 9)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eagle_target.rows import PackedTensors, RowStore, contiguous_runs, scattered_store
+from eagle_target.contract.sinks import PackedTensors, RowStore, contiguous_runs, scattered_store
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

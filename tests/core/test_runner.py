@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from eagle_target.runner import DraftHead, TargetRunner
+from eagle_target.contract.runner import DraftHead, TargetRunner
 from eagle_target.testing.tiny import EmbeddingRunner
 
 WEIGHT = torch.tensor([[1.0, 2.0], [3.0, -4.0], [0.5, 0.0]])

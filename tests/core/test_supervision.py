@@ -7,22 +7,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from eagle_target.compute.supervise import check_forward, compute_supervision, split_forward, store_supervision
+from eagle_target.contract.request import SupervisionRequest
+from eagle_target.contract.runner import TargetForward
+from eagle_target.contract.sinks import PackedTensors
 from eagle_target.errors import ContractError, VocabMappingError
-from eagle_target.rows import PackedTensors
-from eagle_target.runner import TargetForward
-from eagle_target.supervision import (
-    SupervisionRequest,
-    check_forward,
-    compute_supervision,
-    split_forward,
-    store_supervision,
-)
 from eagle_target.testing.tiny import EmbeddingRunner, shuffled_mapping
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from eagle_target.projection import Encoding
+    from eagle_target.contract.request import Encoding
 
 VOCAB = 53
 MAPPING = shuffled_mapping(VOCAB, 12)

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from eagle_target.contract.vocab_mapping import VocabMapping
 from eagle_target.errors import ContractError, VocabMappingError
 from eagle_target.testing.tiny import shuffled_mapping
-from eagle_target.vocabulary import VocabMapping
 
 UNORDERED = [7, 2, 9, 0]
 

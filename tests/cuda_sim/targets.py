@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from eagle_target.supervision import store_supervision
+from eagle_target.compute.supervise import store_supervision
 from eagle_target.testing.server import loopback_server
 from eagle_target.testing.tiny import EmbeddingRunner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from eagle_target.rows import Sink
-    from eagle_target.runner import TargetRunner
-    from eagle_target.supervision import SupervisionRequest
+    from eagle_target.contract.request import SupervisionRequest
+    from eagle_target.contract.runner import TargetRunner
+    from eagle_target.contract.sinks import Sink
     from tests.cuda_sim.device import Machine
 
 

@@ -22,16 +22,16 @@ from eagle_target_shm.segment import PROBE_BYTES
 from eagle_target_shm.server import ShmServerEndpoint
 from eagle_target_shm.transport import ShmOptions, ShmTransport
 
+from eagle_target.backend import BatchForm, RequestingBackend
 from eagle_target.client.remote import RemoteEagle3TargetModel
-from eagle_target.client.staging import StagedSink
 from eagle_target.colocated import RunnerEagle3TargetModel
+from eagle_target.compute.assembly import StagedSink
+from eagle_target.contract.sinks import PackedTensors, RowStore
 from eagle_target.errors import ConnectError, ContractError
-from eagle_target.pinned import PinnedPool
-from eagle_target.requesting import BatchForm, RequestingBackend
-from eagle_target.rows import PackedTensors, RowStore
-from eagle_target.server.answering import AnswerStage
-from eagle_target.server.forwards import ForwardStage
-from eagle_target.server.stages import DeviceOrder
+from eagle_target.memory import PinnedPool
+from eagle_target.server.engine.answering import AnswerStage
+from eagle_target.server.engine.forwards import ForwardStage
+from eagle_target.server.engine.stages import DeviceOrder
 from eagle_target.testing.tiny import EmbeddingRunner, shuffled_mapping
 from eagle_target.testing.transport_harness import ChannelPair, MemoryBody, MemoryControl
 from tests.cuda_sim.device import PURE, Spin, Stuck
@@ -42,9 +42,9 @@ from tests.server.cases import assert_same_tensors, engine, expected_of, request
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from eagle_target.server.forwards import Forwarded
-    from eagle_target.server.jobs import Part
-    from eagle_target.transports import ServerEndpoint
+    from eagle_target.plugins.transport import ServerEndpoint
+    from eagle_target.server.engine.forwards import Forwarded
+    from eagle_target.server.engine.job import Part
     from tests.cuda_sim.device import Gate, Machine
     from tests.cuda_sim.tensors import World
 

@@ -14,7 +14,7 @@ from eagle_target_wire.transport import WireTransport
 
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.colocated import RunnerEagle3TargetModel
-from eagle_target.options import build_model
+from eagle_target.plugins.options import build_model
 from eagle_target.testing.tiny import EmbeddingRunner, shuffled_mapping
 from eagle_target.testing.transport_harness import ChannelPair, MemoryControl, assert_same_bits
 from eagle_target.testing.transports import TransportChannelConformance, TransportTensorConformance
@@ -23,7 +23,7 @@ from tests.cuda_sim.targets import DeviceRunner, SupervisingDeviceRunner, served
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from eagle_target.transports import ServerEndpoint
+    from eagle_target.plugins.transport import ServerEndpoint
     from tests.cuda_sim.device import Machine
 
 ENCODINGS = ("probs", "hidden", "logits")

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import click
 import pytest
 
+from eagle_target.auth import check_token
 from eagle_target.cli.serve import serve
 from eagle_target.cli.settings import given_settings, read_transport_options
 from eagle_target.config import ServerConfig, load_config
 from eagle_target.errors import ConfigError
-from eagle_target.options import build_model, parse_assignments
-from eagle_target.plugins import load_plugins
-from eagle_target.tokens import check_token
+from eagle_target.plugins.options import build_model, parse_assignments
+from eagle_target.plugins.registry import load_plugins
 from tests.deploy.files import DOCKERFILES, ENGINE, ROOT, command_lines, documents, instructions, pods, services, unit
 
 if TYPE_CHECKING:

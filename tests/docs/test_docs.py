@@ -17,12 +17,12 @@ import torch
 import yaml
 
 from eagle_target.config import ServerConfig
-from eagle_target.protocol import encode_request
-from eagle_target.supervision import SupervisionRequest
+from eagle_target.contract.request import SupervisionRequest
+from eagle_target.contract.vocab_mapping import VocabMapping
+from eagle_target.protocol.messages import encode_request
 from eagle_target.targets import load_runner
 from eagle_target.testing.server import loopback_server
 from eagle_target.testing.tiny import save_tiny_target
-from eagle_target.vocabulary import VocabMapping
 from tests.docs.blocks import LANGUAGES, PAGES, ROOT, Block, blocks_of, read_blocks
 
 if TYPE_CHECKING:

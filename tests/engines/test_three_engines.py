@@ -18,7 +18,7 @@ from eagle_target.testing.tiny import shuffled_mapping
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from eagle_target.batch import Eagle3TargetBatch
+    from eagle_target.contract.batch import Eagle3TargetBatch
 
 pytestmark = [pytest.mark.engine_vllm, pytest.mark.engine_sglang]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from eagle_target import protocol
+from eagle_target.protocol.messages import messages
 from tests.failover.clocks import DAY, jumping, server_with_clock
 from tests.failover.runs import client, run, server_of
 from tests.faults.processes import faulty_server
@@ -54,7 +54,7 @@ def test_a_trainer_whose_clock_jumps_goes_on(transport: str, monkeypatch: pytest
 
 
 def metrics_of(url: str) -> str:
-    return ask(url, "GET", protocol.METRICS).body.decode()
+    return ask(url, "GET", messages.METRICS).body.decode()
 
 
 def test_nothing_that_serves_or_asks_is_timed_by_the_wall_clock() -> None:

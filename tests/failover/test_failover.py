@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from eagle_target import protocol
-from eagle_target.client import dispatch
+from eagle_target.client import balancer
 from eagle_target.errors import ConfigError, ConnectError, ContractError, ProtocolError, ServerError
+from eagle_target.protocol.messages import messages
 from tests.client.batches import assert_same_batch, expected_batch, rows_of
 from tests.client.stub import Received, forwarding, reply, replying
 from tests.failover.runs import SOON_SECONDS, client, is_used, run, server_of
@@ -35,12 +35,12 @@ def good() -> Iterator[ServerUnderFault]:
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "FIRST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(balancer, "FIRST_PAUSE_SECONDS", 0.05)
 
 
 def broken(request: Received, answer: Answer) -> Answer:
     """A server that shakes hands, and fails on every batch."""
-    return Answer(500, {"Content-Length": "4"}, b"boom") if request.path == protocol.SUPERVISION else answer
+    return Answer(500, {"Content-Length": "4"}, b"boom") if request.path == messages.SUPERVISION else answer
 
 
 def dead_url() -> str:
@@ -118,9 +118,9 @@ def test_a_head_and_an_embedding_of_another_model_are_refused() -> None:
     with faulty_server() as server, client(server.url, encoding="hidden", max_retries=0, retry_timeout=0.0) as target:
         server.kill()
         restart_as(server, 1)
-        with pytest.raises(ProtocolError, match=protocol.FINGERPRINT):
+        with pytest.raises(ProtocolError, match=messages.FINGERPRINT):
             target.set_vocab_mapping(mapping_of(1))
-        with pytest.raises(ProtocolError, match=protocol.FINGERPRINT):
+        with pytest.raises(ProtocolError, match=messages.FINGERPRINT):
             target.input_embedding_weight()
         server.kill()
         restart_as(server, 0)
@@ -210,7 +210,7 @@ def test_failures_and_returns_are_logged(good: ServerUnderFault, caplog: pytest.
         victim.start()
         future.result(SOON_SECONDS)
     assert f"{victim.url} answers again, after " in caplog.text
-    assert ask(good.url, "GET", protocol.READY).status == 200
+    assert ask(good.url, "GET", messages.READY).status == 200
 
 
 def test_more_mappings_in_use_than_a_server_keeps() -> None:

@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from eagle_target.config import ServerConfig
-from eagle_target.server.serve import HttpServer
+from eagle_target.server.run import HttpServer
 from eagle_target.testing.tiny import EmbeddingRunner
 from tests.server.cases import PATIENCE_SECONDS, wait_until
 from tests.server.http import ask

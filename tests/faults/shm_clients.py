@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from eagle_target_shm.transport import ShmTransport
 
-from eagle_target.rows import PackedTensors
-from eagle_target.supervision import SupervisionRequest, compute_supervision
+from eagle_target.compute.supervise import compute_supervision
+from eagle_target.contract.request import SupervisionRequest
+from eagle_target.contract.sinks import PackedTensors
 from eagle_target.testing.tiny import EmbeddingRunner
 from eagle_target.testing.transport_harness import ServerClient
 from tests.faults.processes import CONTEXT, LARGE

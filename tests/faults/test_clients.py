@@ -15,10 +15,10 @@ import psutil
 import pytest
 import torch
 
-from eagle_target import protocol
-from eagle_target.buffers import trim_heap
 from eagle_target.client.remote import RemoteEagle3TargetModel
-from eagle_target.supervision import SupervisionRequest
+from eagle_target.contract.request import SupervisionRequest
+from eagle_target.memory import trim_heap
+from eagle_target.protocol.messages import messages
 from eagle_target.testing.server import loopback_server
 from tests.client.batches import assert_same_batch, expected_batch, rows_of
 from tests.faults.processes import LARGE, ServerUnderFault, faulty_server
@@ -83,7 +83,7 @@ def large_request() -> bytes:
         encoding="logits",
     )
     body = body_of(request)
-    return head_of(protocol.SUPERVISION, len(body)) + body
+    return head_of(messages.SUPERVISION, len(body)) + body
 
 
 def answers_others(server: ServerUnderFault) -> None:
@@ -154,11 +154,11 @@ def test_the_work_of_a_client_that_went_away_is_skipped(how: str) -> None:
         for number in range(ROUNDS):
             runner.gate.clear()
             entered = runner.entered
-            first = pool.submit(ask, server.url, "POST", protocol.SUPERVISION, body_of(request_of([3])))
+            first = pool.submit(ask, server.url, "POST", messages.SUPERVISION, body_of(request_of([3])))
             wait_until(lambda before=entered: runner.entered > before)  # type: ignore[misc]
             with connected(server.url) as connection:
                 body = body_of(request_of([40 + number]))
-                connection.sendall(head_of(protocol.SUPERVISION, len(body)) + body)
+                connection.sendall(head_of(messages.SUPERVISION, len(body)) + body)
                 wait_until(lambda: server.engine.waiting == 1)
                 if how == "reset":
                     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -166,8 +166,8 @@ def test_the_work_of_a_client_that_went_away_is_skipped(how: str) -> None:
                     connection.shutdown(socket.SHUT_WR)
                     assert read_until_closed(connection) == b""
             gone = f'requests_total{{outcome="client-gone",status="499"}} {number + 1}.0'
-            wait_until(lambda line=gone: line in ask(server.url, "GET", protocol.METRICS).body.decode())  # type: ignore[misc]
-            last = pool.submit(ask, server.url, "POST", protocol.SUPERVISION, body_of(request_of([5])))
+            wait_until(lambda line=gone: line in ask(server.url, "GET", messages.METRICS).body.decode())  # type: ignore[misc]
+            last = pool.submit(ask, server.url, "POST", messages.SUPERVISION, body_of(request_of([5])))
             wait_until(lambda: server.engine.waiting == 2)
             runner.gate.set()
             assert [first.result(PATIENCE_SECONDS).status, last.result(PATIENCE_SECONDS).status] == [200, 200]
@@ -183,15 +183,15 @@ def test_a_full_queue_is_an_error_for_one_and_a_wait_for_the_other() -> None:
     ):
         target.set_vocab_mapping(mapping_of())
         runner.gate.clear()
-        filling = [pool.submit(ask, server.url, "POST", protocol.SUPERVISION, body_of(request_of([3])))]
+        filling = [pool.submit(ask, server.url, "POST", messages.SUPERVISION, body_of(request_of([3])))]
         wait_until(lambda: runner.entered)
-        filling.append(pool.submit(ask, server.url, "POST", protocol.SUPERVISION, body_of(request_of([3]))))
+        filling.append(pool.submit(ask, server.url, "POST", messages.SUPERVISION, body_of(request_of([3]))))
         wait_until(lambda: server.engine.waiting == 1)
-        answer = ask(server.url, "POST", protocol.SUPERVISION, body_of(request_of([3])))
+        answer = ask(server.url, "POST", messages.SUPERVISION, body_of(request_of([3])))
         assert_problem(answer, 503, "queue-full", "the queue holds 1", retry_after="1")
         batches = [target.generate_batch_async(**rows_of(seed)) for seed in range(3)]
         refused = 'requests_total{outcome="queue-full",status="503"} 1.0'
-        wait_until(lambda: refused not in ask(server.url, "GET", protocol.METRICS).body.decode(), "a second refusal")
+        wait_until(lambda: refused not in ask(server.url, "GET", messages.METRICS).body.decode(), "a second refusal")
         runner.gate.set()
         for seed, batch in enumerate(batches):
             assert_same_batch(batch.result(PATIENCE_SECONDS), expected_batch(rows_of(seed)))
@@ -201,7 +201,7 @@ def test_a_full_queue_is_an_error_for_one_and_a_wait_for_the_other() -> None:
 
 def good(server: ServerUnderFault) -> None:
     request = request_of([4, 9])
-    answer = ask(server.url, "POST", protocol.SUPERVISION, body_of(request))
+    answer = ask(server.url, "POST", messages.SUPERVISION, body_of(request))
     assert_same_tensors(answer.tensors()[0], expected_of(request))
 
 
@@ -213,7 +213,7 @@ def test_a_body_that_ends_early(server: ServerUnderFault, end: str, sent: int) -
     fds = server.fds()
     for _ in range(ROUNDS):
         with connected(server.url) as connection:
-            connection.sendall(head_of(protocol.SUPERVISION, 1 << 20) + bytes(sent))
+            connection.sendall(head_of(messages.SUPERVISION, 1 << 20) + bytes(sent))
             if end == "reset":
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             if end == "half-close":
@@ -230,7 +230,7 @@ def test_announcing_much_and_sending_nothing_takes_no_memory(server: ServerUnder
     with contextlib.ExitStack() as running:
         for _ in range(100):
             connection = running.enter_context(connected(server.url))
-            connection.sendall(head_of(protocol.SUPERVISION, 1 << 20) + b"x")
+            connection.sendall(head_of(messages.SUPERVISION, 1 << 20) + b"x")
         wait_until(lambda: server.connections() == 100)
         good(server)
         assert server.rss() - rss < 50 << 20
@@ -247,17 +247,17 @@ def test_bodies_and_requests_that_are_wrong(server: ServerUnderFault) -> None:
         with connected(server.url) as connection:
             connection.sendall(garbage + b"\r\n\r\n")
             assert read_until_closed(connection).startswith(b"HTTP/1.1 400")
-        assert_problem(ask(server.url, "POST", protocol.SUPERVISION, garbage), 400, "malformed-body", ".")
+        assert_problem(ask(server.url, "POST", messages.SUPERVISION, garbage), 400, "malformed-body", ".")
         body = bytearray(body_of(request_of([4])))
         body[number % len(body)] ^= 0xFF
-        assert ask(server.url, "POST", protocol.SUPERVISION, bytes(body)).status in (400, 409, 422)
+        assert ask(server.url, "POST", messages.SUPERVISION, bytes(body)).status in (400, 409, 422)
     with connected(server.url) as connection:
-        connection.sendall(head_of(protocol.SUPERVISION, (1 << 20) + 1))
+        connection.sendall(head_of(messages.SUPERVISION, (1 << 20) + 1))
         assert_problem(read_answer(connection), 413, "body-too-large", "1048577")
-    path = f"{protocol.VOCAB_MAPPINGS}/{mapping_of(1).sha256}"
-    wrong = b"".join(protocol.encode_mapping(mapping_of(2)))
+    path = f"{messages.VOCAB_MAPPINGS}/{mapping_of(1).sha256}"
+    wrong = b"".join(messages.encode_mapping(mapping_of(2)))
     assert_problem(ask(server.url, "PUT", path, wrong), 422, "invalid-vocab-mapping", "hash is")
-    answer = ask(server.url, "POST", protocol.SUPERVISION, body_of(request_of([4], mapping=mapping_of(1))))
+    answer = ask(server.url, "POST", messages.SUPERVISION, body_of(request_of([4], mapping=mapping_of(1))))
     assert_problem(answer, 409, "unknown-vocab-mapping", "PUT it")
     good(server)
     wait_until(lambda: server.connections() == 0)
@@ -267,7 +267,7 @@ def test_bodies_and_requests_that_are_wrong(server: ServerUnderFault) -> None:
 def test_an_oversized_body_that_is_sent_all_the_same(server: ServerUnderFault) -> None:
     for _ in range(ROUNDS):
         with contextlib.suppress(ConnectionError), connected(server.url) as connection:
-            connection.sendall(head_of(protocol.SUPERVISION, 64 << 20))
+            connection.sendall(head_of(messages.SUPERVISION, 64 << 20))
             for _ in range(64):
                 connection.sendall(bytes(1 << 20))
         good(server)

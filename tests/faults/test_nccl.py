@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import psutil
 import pytest
 
-from eagle_target.client import dispatch
+from eagle_target.client import balancer
 from eagle_target.colocated import RunnerEagle3TargetModel
 from eagle_target.errors import ConnectError, TransferTimeout, TransportError
 from eagle_target.testing.tiny import EmbeddingRunner
@@ -22,8 +22,8 @@ from tests.server.cases import wait_until
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from eagle_target.batch import Eagle3TargetBatch
     from eagle_target.client.remote import RemoteEagle3TargetModel
+    from eagle_target.contract.batch import Eagle3TargetBatch
 
 ROUNDS = 20
 DEADLINE_SECONDS = 1.0
@@ -51,7 +51,7 @@ def expected() -> Eagle3TargetBatch:
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "FIRST_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr(balancer, "FIRST_PAUSE_SECONDS", 0.02)
 
 
 def recovers(target: RemoteEagle3TargetModel, expected: Eagle3TargetBatch) -> bool:

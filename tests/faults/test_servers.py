@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from eagle_target import protocol
-from eagle_target.client import dispatch
+from eagle_target.client import balancer
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.colocated import RunnerEagle3TargetModel
 from eagle_target.errors import ConnectError, TransferTimeout, TransportError
+from eagle_target.protocol.messages import messages
 from eagle_target.testing.tiny import EmbeddingRunner
 from tests.client.batches import assert_same_batch, expected_batch, rows_of
 from tests.faults.processes import LARGE, ServerUnderFault, faulty_server
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from concurrent.futures import Future
 
-    from eagle_target.batch import Eagle3TargetBatch
+    from eagle_target.contract.batch import Eagle3TargetBatch
 
 SOON_SECONDS = 30.0
 ROUNDS = 5
@@ -47,7 +47,7 @@ def large_server() -> Iterator[ServerUnderFault]:
 
 @pytest.fixture
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "FIRST_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr(balancer, "FIRST_PAUSE_SECONDS", 0.02)
 
 
 @contextlib.contextmanager
@@ -87,7 +87,7 @@ def test_a_killed_server(server: ServerUnderFault, moment: str) -> None:
                 victim.kill()
             futures = [pool.submit(target.generate_batch, **rows_of()) for target in (alone, both)]
             if moment == "during the forward":
-                wait_until(lambda: "queue_requests 1.0" in ask(victim.url, "GET", protocol.METRICS).body.decode())
+                wait_until(lambda: "queue_requests 1.0" in ask(victim.url, "GET", messages.METRICS).body.decode())
                 victim.kill()
             assert_same_batch(futures[1].result(SOON_SECONDS), expected_batch(rows_of()))
             assert_recovered(futures[0], both, victim.url)

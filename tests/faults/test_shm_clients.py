@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from eagle_target.client import dispatch
+from eagle_target.client import balancer
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.errors import ServerError
 from eagle_target.testing.transport_harness import assert_same_bits
@@ -89,7 +89,7 @@ def test_answers_whose_connection_is_cut_are_asked_for_again(
     large_server: ServerUnderFault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Their memory is taken back: twenty of them are more than a channel has."""
-    monkeypatch.setattr(dispatch, "FIRST_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr(balancer, "FIRST_PAUSE_SECONDS", 0.02)
     rows = {name: torch.ones(1, 256, dtype=torch.int64) for name in ("input_ids", "attention_mask", "loss_mask")}
     with (
         proxied(large_server.url) as proxy,

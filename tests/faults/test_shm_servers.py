@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from eagle_target.client import dispatch
+from eagle_target.client import balancer
 from eagle_target.client.remote import RemoteEagle3TargetModel
+from eagle_target.contract.sinks import PackedTensors
 from eagle_target.errors import ConnectError
-from eagle_target.rows import PackedTensors
 from eagle_target.testing.transport_harness import MemoryBody, assert_same_bits
 from tests.client.batches import assert_same_batch, expected_batch, rows_of
 from tests.faults.processes import LARGE, abandoned_memory, faulty_server
@@ -66,7 +66,7 @@ def test_a_stopped_server_does_not_matter_once_it_has_sent() -> None:
 
 
 def test_a_server_restarted_under_a_running_prefetch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "FIRST_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr(balancer, "FIRST_PAUSE_SECONDS", 0.02)
     items = [rows_of(seed) for seed in range(4 * ROUNDS)]
     with (
         faulty_server({"delay": 0.01}, transports=("shm",), max_batch_tokens=1) as victim,

@@ -10,13 +10,12 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from eagle_target import protocol
-from eagle_target.client.answers import error_of
-from eagle_target.client.checksums import Checksum
+from eagle_target.client.http import Checksum, error_of
 from eagle_target.client.timings import received
+from eagle_target.contract.sinks import PackedTensors
 from eagle_target.errors import EagleTargetError, VocabMappingError
-from eagle_target.rows import PackedTensors
-from eagle_target.tensor_format import decode_tensors, encode_tensors
+from eagle_target.protocol.messages import messages
+from eagle_target.protocol.tensors import decode_tensors, encode_tensors
 from eagle_target.testing.tiny import EmbeddingRunner
 from eagle_target.testing.transport_harness import MemoryBody
 from tests.fuzz.budget import tries
@@ -25,23 +24,23 @@ from tests.server.cases import expected_of, mapping_of, request_of
 from tests.server.http import body_of
 
 if TYPE_CHECKING:
-    from eagle_target.info import TargetInfo
-    from eagle_target.supervision import SupervisionRequest
-    from eagle_target.vocabulary import VocabMapping
+    from eagle_target.contract.request import SupervisionRequest
+    from eagle_target.contract.target import TargetInfo
+    from eagle_target.contract.vocab_mapping import VocabMapping
 
 INFO: TargetInfo = EmbeddingRunner().info
 MAPPING = mapping_of()
 REQUESTS = [body_of(request_of([3, 5])), body_of(request_of([4], encoding="hidden")), body_of(request_of([1] * 9))]
-ANSWER = b"".join(encode_tensors(expected_of(request_of([3, 5])), {protocol.REQUEST_ID: "x"}))
+ANSWER = b"".join(encode_tensors(expected_of(request_of([3, 5])), {messages.REQUEST_ID: "x"}))
 EMPTY = b"".join(encode_tensors({"a": torch.empty(0, 3), "b": torch.tensor(1.5)}, {}))
-HANDSHAKE = protocol.Handshake(
+HANDSHAKE = messages.Handshake(
     server_version="1",
     target=INFO,
     aux_layer_ids=(1, 3, 4),
     fingerprint="f",
     encodings=("probs",),
     transports={"wire": {}},
-    limits=protocol.Limits(max_body_bytes=1, max_request_tokens=1, max_batch_tokens=1, max_queue=1),
+    limits=messages.Limits(max_body_bytes=1, max_request_tokens=1, max_batch_tokens=1, max_queue=1),
 ).model_dump(mode="json")
 PROBLEM = {"type": "urn:eagle-target:problem:queue-full", "title": "x", "status": 503, "detail": "d", "retry_after": 1}
 
@@ -71,7 +70,7 @@ def test_a_safetensors_body(data: bytes) -> None:
 @given(mutated(*REQUESTS))
 def test_a_request(data: bytes) -> None:
     def read() -> None:
-        request = protocol.decode_request(memoryview(bytearray(data)), find)
+        request = messages.decode_request(memoryview(bytearray(data)), find)
         request.check(INFO)
         # What passed the checks can be computed.
         expected_of(request)
@@ -95,7 +94,7 @@ def test_a_request_of_numbers_nobody_expects(lens: list[int], ids: list[int], ma
     body = b"".join(encode_tensors(tensors, {"encoding": encoding, "vocab_mapping": MAPPING.sha256}))
 
     def read() -> SupervisionRequest:
-        request = protocol.decode_request(memoryview(bytearray(body)), find)
+        request = messages.decode_request(memoryview(bytearray(body)), find)
         request.check(INFO)
         return request
 
@@ -103,9 +102,9 @@ def test_a_request_of_numbers_nobody_expects(lens: list[int], ids: list[int], ma
 
 
 @tries(4)
-@given(mutated(b"".join(protocol.encode_mapping(MAPPING)), b"".join(protocol.encode_mapping(mapping_of(1, 2)))))
+@given(mutated(b"".join(messages.encode_mapping(MAPPING)), b"".join(messages.encode_mapping(mapping_of(1, 2)))))
 def test_a_mapping(data: bytes) -> None:
-    value_or_typed_error(lambda: protocol.decode_mapping(memoryview(bytearray(data))).sha256)
+    value_or_typed_error(lambda: messages.decode_mapping(memoryview(bytearray(data))).sha256)
 
 
 @tries(4)
@@ -113,7 +112,7 @@ def test_a_mapping(data: bytes) -> None:
     mutated(json.dumps(HANDSHAKE).encode()) | mutated_json(HANDSHAKE).map(lambda content: json.dumps(content).encode())
 )
 def test_a_handshake(data: bytes) -> None:
-    value_or_typed_error(lambda: protocol.read_handshake(data).served.fingerprint)
+    value_or_typed_error(lambda: messages.read_handshake(data).served.fingerprint)
 
 
 @tries(4)
@@ -124,7 +123,7 @@ def test_a_handshake(data: bytes) -> None:
 @example(b'{"a": 1e99999, "b": NaN}')
 @example(b"\xff\xfe{}")
 def test_a_json_object(data: bytes) -> None:
-    value_or_typed_error(lambda: protocol.read_json_object(data, "it"))
+    value_or_typed_error(lambda: messages.read_json_object(data, "it"))
 
 
 @tries(4)
@@ -149,7 +148,7 @@ def test_a_problem(status: int, body: bytes, retry_after: str) -> None:
 @example("9" * 5000, "queue;dur=1")
 @example("²", "queue;dur=inf")
 def test_headers_about_sizes_and_times(moved: str, timings: str) -> None:
-    value_or_typed_error(lambda: received({protocol.MOVED_BYTES: moved, protocol.TIMINGS: timings}, 10, 0.1))
+    value_or_typed_error(lambda: received({messages.MOVED_BYTES: moved, messages.TIMINGS: timings}, 10, 0.1))
 
 
 @tries(2)

@@ -13,12 +13,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from eagle_target.auth import read_tokens
+from eagle_target.compute.layout import read_trainer_rows
 from eagle_target.config import ClientConfig, ServerConfig, load_config, read_environment
-from eagle_target.options import parse_assignments, parse_value
-from eagle_target.record_files import RecordFiles
-from eagle_target.tokens import read_tokens
-from eagle_target.trainer_rows import read_trainer_rows
-from eagle_target.vocabulary_files import load_vocab_mapping, save_vocab_mapping
+from eagle_target.plugins.options import parse_assignments, parse_value
+from eagle_target.vocab.mapping_files import load_vocab_mapping, save_vocab_mapping
+from eagle_target.vocab.record_files import RecordFiles
 from tests.fuzz.budget import tries
 from tests.fuzz.mutations import json_values, mutated, value_or_typed_error
 from tests.server.cases import VOCAB_SIZE, mapping_of

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from eagle_target import protocol
-from eagle_target.client import dispatch
+from eagle_target.client import balancer
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.errors import EagleTargetError
+from eagle_target.protocol.messages import messages
 from eagle_target.testing.server import loopback_server
 from tests.client.batches import assert_same_batch, expected_batch, rows_of
 from tests.client.stub import Received, Stub, encode, stub
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Iterator
 
-    from eagle_target.server.serve import HttpServer
+    from eagle_target.server.run import HttpServer
 
 TOKEN = "t" * 32
 LIMITS: dict[str, Any] = {"body_timeout": 0.05, "headers_timeout": 0.05, "max_body_bytes": 1 << 16, "token": TOKEN}
@@ -40,22 +40,22 @@ def whole(method: str, path: str, body: bytes, headers: str = "") -> bytes:
 
 
 def requests() -> list[bytes]:
-    mapping = b"".join(protocol.encode_mapping(mapping_of()))
+    mapping = b"".join(messages.encode_mapping(mapping_of()))
     body = body_of(request_of([3, 5]))
     hello = json.dumps({"backend": "tcp", "target_device": "cpu", "digest": "xxh3_128"}).encode()
     extra = "Eagle-Target-Checksum: xxh3_64\r\nEagle-Target-Client: c\r\nEagle-Target-Transport: wire\r\n"
     return [
-        whole("POST", protocol.SUPERVISION, body, extra),
-        whole("POST", protocol.SUPERVISION, body, "Eagle-Target-Channel: x\r\nEagle-Target-Passed-Over: a,b\r\n"),
-        whole("PUT", f"{protocol.VOCAB_MAPPINGS}/{mapping_of().sha256}", mapping),
-        whole("GET", f"{protocol.VOCAB_MAPPINGS}/{mapping_of().sha256}", b""),
-        whole("POST", protocol.LM_HEAD, body),
-        whole("GET", protocol.TARGET, b""),
-        whole("GET", protocol.INPUT_EMBEDDINGS, b""),
-        whole("GET", protocol.METRICS, b""),
-        whole("POST", f"{protocol.TRANSPORTS}/wire/channels", hello),
-        whole("POST", f"{protocol.TRANSPORTS}/wire/channels/x/messages", hello),
-        whole("DELETE", f"{protocol.TRANSPORTS}/wire/channels/x", b""),
+        whole("POST", messages.SUPERVISION, body, extra),
+        whole("POST", messages.SUPERVISION, body, "Eagle-Target-Channel: x\r\nEagle-Target-Passed-Over: a,b\r\n"),
+        whole("PUT", f"{messages.VOCAB_MAPPINGS}/{mapping_of().sha256}", mapping),
+        whole("GET", f"{messages.VOCAB_MAPPINGS}/{mapping_of().sha256}", b""),
+        whole("POST", messages.LM_HEAD, body),
+        whole("GET", messages.TARGET, b""),
+        whole("GET", messages.INPUT_EMBEDDINGS, b""),
+        whole("GET", messages.METRICS, b""),
+        whole("POST", f"{messages.TRANSPORTS}/wire/channels", hello),
+        whole("POST", f"{messages.TRANSPORTS}/wire/channels/x/messages", hello),
+        whole("DELETE", f"{messages.TRANSPORTS}/wire/channels/x", b""),
     ]
 
 
@@ -69,7 +69,7 @@ def server() -> Iterator[HttpServer]:
 @given(mutated(*requests()))
 @example(b"POST /v1/supervision HTTP/1.1\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n")
 @example("POST /v1/supervision HTTP/1.1\r\nContent-Length: ٣\r\n\r\n".encode())
-@example(whole("POST", protocol.SUPERVISION, body_of(request_of([3])), "Transfer-Encoding: chunked\r\n"))
+@example(whole("POST", messages.SUPERVISION, body_of(request_of([3])), "Transfer-Encoding: chunked\r\n"))
 def test_a_request_to_a_server(server: HttpServer, data: bytes) -> None:
     with connected(server.url) as connection:
         try:
@@ -81,7 +81,7 @@ def test_a_request_to_a_server(server: HttpServer, data: bytes) -> None:
 
 
 def test_the_server_goes_on(server: HttpServer) -> None:
-    answer = ask(server.url, "GET", protocol.TARGET, headers={"Authorization": f"Bearer {TOKEN}"})
+    answer = ask(server.url, "GET", messages.TARGET, headers={"Authorization": f"Bearer {TOKEN}"})
     assert answer.status == 200
 
 
@@ -95,7 +95,7 @@ class Changing:
     def respond(self, request: Received, connection: socket.socket) -> bool:
         headers = {name: value for name, value in request.headers.items() if name.lower() != "host"}
         data = encode(ask(self._url, request.method, request.path, request.body or None, headers))
-        is_changed = request.path == protocol.SUPERVISION
+        is_changed = request.path == messages.SUPERVISION
         connection.sendall(self.change(data) if is_changed else data)
         return not is_changed
 
@@ -117,8 +117,8 @@ def target(changing: tuple[Changing, Stub]) -> Iterator[RemoteEagle3TargetModel]
             [changing[1].url], transport="wire", encoding="probs", timeout=5.0, max_retries=0, retry_timeout=0.0
         ) as client,
     ):
-        patch.setattr(dispatch, "FIRST_PAUSE_SECONDS", 0.0)
-        patch.setattr(dispatch, "LONGEST_PAUSE_SECONDS", 0.0)
+        patch.setattr(balancer, "FIRST_PAUSE_SECONDS", 0.0)
+        patch.setattr(balancer, "LONGEST_PAUSE_SECONDS", 0.0)
         client.set_vocab_mapping(mapping_of())
         yield client
 

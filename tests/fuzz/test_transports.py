@@ -21,9 +21,9 @@ from eagle_target_shm.tickets import Place, Ticket, read_ticket
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from eagle_target import protocol
 from eagle_target.client.remote import RemoteEagle3TargetModel
-from eagle_target.rows import PackedTensors
+from eagle_target.contract.sinks import PackedTensors
+from eagle_target.protocol.messages import messages
 from eagle_target.seals import NONCE_BYTES, SEAL_BYTES
 from eagle_target.testing.server import loopback_server
 from eagle_target.testing.transport_harness import MemoryBody
@@ -36,7 +36,7 @@ from tests.server.http import ask
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from eagle_target.server.serve import HttpServer
+    from eagle_target.server.run import HttpServer
 
 TENSORS = expected_of(request_of([3, 5]))
 SIZES = {"host": 1 << 20}
@@ -128,7 +128,7 @@ def check_answer(status: int, body: bytes) -> dict[str, Any]:
 @given(st.sampled_from(sorted(HELLOS)), st.data())
 def test_a_hello(server: HttpServer, transport: str, data: st.DataObject) -> None:
     content = data.draw(mutated_json(HELLOS[transport]) | st.dictionaries(st.text(max_size=5), json_values()))
-    path = f"{protocol.TRANSPORTS}/{transport}/channels"
+    path = f"{messages.TRANSPORTS}/{transport}/channels"
     answer = ask(server.url, "POST", path, json.dumps(content).encode())
     opened = check_answer(answer.status, answer.body)
     if answer.status == 201:
@@ -137,7 +137,7 @@ def test_a_hello(server: HttpServer, transport: str, data: st.DataObject) -> Non
 
 @contextlib.contextmanager
 def channel(server: HttpServer, transport: str, hello: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    path = f"{protocol.TRANSPORTS}/{transport}/channels"
+    path = f"{messages.TRANSPORTS}/{transport}/channels"
     answer = ask(server.url, "POST", path, json.dumps(hello).encode())
     assert answer.status == 201, answer.body
     opened = answer.json()
@@ -165,7 +165,7 @@ def test_messages(server: HttpServer, transport: str, messages: list[dict[str, A
     ),
 )
 def test_what_is_said_at_the_doorway_of_shm(server: HttpServer, is_expected: bool, said: list[bytes]) -> None:
-    offer = ask(server.url, "GET", protocol.TARGET).json()["transports"]["shm"]
+    offer = ask(server.url, "GET", messages.TARGET).json()["transports"]["shm"]
     with channel(server, "shm", HELLOS["shm"]) as (_, opened), doorway(offer["socket"]) as connection:
         if is_expected:
             invitation = Invitation(bytes.fromhex(opened["name"]), bytes.fromhex(opened["key"]))

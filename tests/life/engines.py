@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from eagle_target.contract.runner import TargetForward
 from eagle_target.errors import EngineDead
-from eagle_target.runner import TargetForward
 from eagle_target.testing.tiny import EmbeddingRunner
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from multiprocessing.connection import Connection
 
-    from eagle_target.info import TargetInfo
-    from eagle_target.runner import DraftHead
+    from eagle_target.contract.runner import DraftHead
+    from eagle_target.contract.target import TargetInfo
 
 # Forked from a process that has imported torch already.
 CONTEXT = multiprocessing.get_context("forkserver")

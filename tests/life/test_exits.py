@@ -11,10 +11,10 @@ from unittest import mock
 import pytest
 
 from eagle_target.cli.main import main
-from eagle_target.client import presence as client_presence
+from eagle_target.client import lease as client_presence
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.errors import AdapterError, EngineDead
-from eagle_target.server import serve
+from eagle_target.server import run
 from eagle_target.testing.tiny import EmbeddingRunner
 from tests.client.batches import assert_same_batch, expected_batch, rows_of
 from tests.faults.processes import ServerUnderFault, faulty_server, free_port
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from eagle_target.runner import TargetForward
+    from eagle_target.contract.runner import TargetForward
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +107,7 @@ def _command(how: str, log: Path, flags: Sequence[str]) -> None:
 
     sys.argv = ["eagle-target", "serve", "--model", "mortal", *flags]
     with (
-        mock.patch.object(serve, "load_runner", load),
+        mock.patch.object(run, "load_runner", load),
         log.open("w", encoding="utf-8") as stream,
         contextlib.redirect_stderr(stream),
     ):

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from eagle_target import protocol
 from eagle_target.client.remote import RemoteEagle3TargetModel
-from eagle_target.server import restarts, state
+from eagle_target.protocol.messages import messages
+from eagle_target.server.engine.server import restarts, state
 from eagle_target.testing.server import loopback_server
 from tests.client.batches import assert_same_batch, expected_batch, rows_of
 from tests.life.engines import ChildRunner
@@ -21,7 +21,7 @@ from tests.server.http import ask, assert_problem, body_of, put_mapping
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from eagle_target.server.serve import HttpServer
+    from eagle_target.server.run import HttpServer
 
 ROUNDS = 3
 ITEMS_A_ROUND = 6
@@ -78,7 +78,7 @@ def test_engines_killed_in_a_row_under_a_running_prefetch(transport: str, rounds
         assert server.engine.failure is None
         assert target.model_info()["traffic"]["requests"] == len(items)
         assert target.model_info()["servers"][0]["transport"] == transport
-        metrics = ask(server.url, "GET", protocol.METRICS).body.decode()
+        metrics = ask(server.url, "GET", messages.METRICS).body.decode()
         assert f"eagle_target_engine_restarts_total {float(rounds)}" in metrics
 
 
@@ -87,22 +87,22 @@ def test_while_an_engine_is_loaded_again_requests_are_told_to_wait_and_why() -> 
     with served(fleet) as server, ThreadPoolExecutor(1) as pool:
         put_mapping(server.url, mapping_of())
         body = body_of(request_of([4]))
-        assert ask(server.url, "POST", protocol.SUPERVISION, body).status == 200
+        assert ask(server.url, "POST", messages.SUPERVISION, body).status == 200
         fleet.may_load.clear()
         fleet.loaded[0].kill()
         reason = r"the server is loading: the engine's process ended with -9 \(restart 1 of 5 within an hour\)"
-        for path, content in ((protocol.SUPERVISION, body), (protocol.SUPERVISION, body), (protocol.READY, None)):
+        for path, content in ((messages.SUPERVISION, body), (messages.SUPERVISION, body), (messages.READY, None)):
             answer = ask(server.url, "POST" if content else "GET", path, content)
             assert_problem(answer, 503, "loading", reason, retry_after="1")
-        assert ask(server.url, "GET", protocol.HEALTH).status == 200
-        assert ask(server.url, "GET", protocol.TARGET).status == 200
+        assert ask(server.url, "GET", messages.HEALTH).status == 200
+        assert ask(server.url, "GET", messages.TARGET).status == 200
         with RemoteEagle3TargetModel.from_urls([server.url], encoding="probs") as target:
             waiting = pool.submit(_batch_of, target)
             wait_until(lambda: target.model_info()["servers"][0]["outstanding"])
             fleet.may_load.set()
             assert_same_batch(waiting.result(30), expected_batch(rows_of()))
         # The mapping was given once, to the engine before.
-        assert ask(server.url, "POST", protocol.SUPERVISION, body).status == 200
+        assert ask(server.url, "POST", messages.SUPERVISION, body).status == 200
         assert len(fleet.loaded) == 2
 
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from eagle_target import protocol
-from eagle_target.client import presence as client_presence
-from eagle_target.client.connection import ServerConnection
-from eagle_target.client.presence import Presence
+from eagle_target.client import lease as client_presence
+from eagle_target.client.http import ServerConnection
+from eagle_target.client.lease import Presence
 from eagle_target.client.remote import RemoteEagle3TargetModel
-from eagle_target.server import presence
-from eagle_target.server.presence import Presences
+from eagle_target.protocol.messages import messages
+from eagle_target.server import clients
+from eagle_target.server.clients import Presences
 from eagle_target.testing.server import loopback_server
 from tests.client.batches import rows_of
 from tests.client.stub import Received, stub
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Iterator
 
-    from eagle_target.server.serve import HttpServer
+    from eagle_target.server.run import HttpServer
 
 LEASE_SECONDS = 1.2
 CLIENT = """
@@ -60,9 +60,9 @@ def test_a_client_is_there_until_it_closes(server: HttpServer, transport: str) -
         (client,) = server.engine.connected_clients()
         assert (client.address, client.requests, client.tokens) == ("127.0.0.1", 3, tokens)
         assert client.transport == transport
-        assert len(client.id) == presence.SHOWN_LETTERS
+        assert len(client.id) == clients.SHOWN_LETTERS
         assert client.since <= client.last_seen
-        metrics = ask(server.url, "GET", protocol.METRICS).body.decode()
+        metrics = ask(server.url, "GET", messages.METRICS).body.decode()
         assert "eagle_target_connected_clients 1.0" in metrics
     assert server.engine.connected_clients() == []
 
@@ -85,27 +85,27 @@ def test_a_client_that_is_killed_is_gone_after_its_lease(server: HttpServer) -> 
 
 
 def test_probes_and_passers_by_are_no_clients(server: HttpServer) -> None:
-    for path in (protocol.HEALTH, protocol.READY, protocol.METRICS, protocol.TARGET):
+    for path in (messages.HEALTH, messages.READY, messages.METRICS, messages.TARGET):
         ask(server.url, "GET", path)
-    ask(server.url, "GET", protocol.METRICS, headers={protocol.CLIENT: "scraper"})
+    ask(server.url, "GET", messages.METRICS, headers={messages.CLIENT: "scraper"})
     assert server.engine.connected_clients() == []
-    assert ask(server.url, "GET", protocol.TARGET, headers={protocol.CLIENT: "trainer"}).status == 200
+    assert ask(server.url, "GET", messages.TARGET, headers={messages.CLIENT: "trainer"}).status == 200
     assert [client.id for client in server.engine.connected_clients()] == ["trainer"]
 
 
 def test_without_an_id_the_address_counts(server: HttpServer) -> None:
-    assert ask(server.url, "POST", protocol.SUPERVISION, body_of(request_of([4]))).status == 200
+    assert ask(server.url, "POST", messages.SUPERVISION, body_of(request_of([4]))).status == 200
     (client,) = server.engine.connected_clients()
     assert (client.id, client.requests, client.tokens, client.transport) == ("127.0.0.1", 1, 4, "wire")
     wait_until(lambda: not server.engine.connected_clients())
 
 
 def test_presence_with_any_program(server: HttpServer) -> None:
-    path = f"{protocol.CLIENTS}/my-trainer-0123"
+    path = f"{messages.CLIENTS}/my-trainer-0123"
     answer = ask(server.url, "PUT", path)
     assert (answer.status, answer.json()) == (200, {"lease_seconds": LEASE_SECONDS})
     assert [client.id for client in server.engine.connected_clients()] == ["my-train"]
-    assert ask(server.url, "DELETE", path, headers={protocol.CLIENT: "my-trainer-0123"}).status == 204
+    assert ask(server.url, "DELETE", path, headers={messages.CLIENT: "my-trainer-0123"}).status == 204
     assert ask(server.url, "DELETE", path).status == 204
     assert server.engine.connected_clients() == []
 
@@ -143,7 +143,7 @@ def test_leases_and_leaves() -> None:
 
 
 def test_a_flood_of_names_costs_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(presence, "MAX_CLIENTS", 3)
+    monkeypatch.setattr(clients, "MAX_CLIENTS", 3)
     presences = Presences(lease=60.0)
     for number in range(10):
         presences.hear(f"client-{number}", "10.0.0.1")

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from eagle_target.errors import AdapterError, EngineDead, Unavailable
-from eagle_target.server import job_queue, restarts
-from eagle_target.server.engine import TargetModelServer
+from eagle_target.server.engine.server import TargetModelServer, restarts, scheduler
 from tests.server.cases import (
     HeadRunner,
     TestRunner,
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from eagle_target.runner import TargetForward, TargetRunner
+    from eagle_target.contract.runner import TargetForward, TargetRunner
 
 NEVER_SECONDS = 3600.0
 
@@ -99,7 +98,7 @@ def test_an_engine_that_is_dead_is_loaded_again_and_everything_else_is_kept() ->
 
 
 def test_an_engine_that_dies_while_nobody_asks_is_loaded_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job_queue, "IDLE_SECONDS", 0.05)
+    monkeypatch.setattr(scheduler, "IDLE_SECONDS", 0.05)
 
     class Watched(TestRunner):
         death: EngineDead | None = None

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from eagle_target import protocol
 from eagle_target.errors import EngineStuck, Unavailable
+from eagle_target.protocol.messages import messages
 from eagle_target.testing.server import loopback_server
 from tests.server.cases import HeadRunner, TestRunner, engine, mapping_of, request_of, wait_until
 from tests.server.http import ask, assert_problem, body_of, put_mapping
@@ -26,16 +26,16 @@ def test_a_forward_that_does_not_return_is_told_to_everybody(caplog: pytest.LogC
         put_mapping(server.url, mapping_of())
         runner.gate.clear()
         body = body_of(request_of([4]))
-        waiting = [pool.submit(ask, server.url, "POST", protocol.SUPERVISION, body) for _ in range(2)]
+        waiting = [pool.submit(ask, server.url, "POST", messages.SUPERVISION, body) for _ in range(2)]
         try:
             for answer in waiting:
                 assert_problem(answer.result(30), 503, "degraded", STUCK, retry_after="1")
-            for method, path in (("GET", protocol.READY), ("POST", protocol.SUPERVISION)):
+            for method, path in (("GET", messages.READY), ("POST", messages.SUPERVISION)):
                 content = body if method == "POST" else None
                 assert_problem(ask(server.url, method, path, content), 503, "degraded", STUCK, retry_after="1")
-            metrics = ask(server.url, "GET", protocol.METRICS).body.decode()
+            metrics = ask(server.url, "GET", messages.METRICS).body.decode()
             assert "eagle_target_stuck_forwards_total 1.0" in metrics
-            assert ask(server.url, "GET", protocol.HEALTH).status == 200
+            assert ask(server.url, "GET", messages.HEALTH).status == 200
             assert server.engine.ended_by is EngineStuck
         finally:
             runner.gate.set()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from eagle_target.server import status_page
+from eagle_target.server.status import page
 from eagle_target.testing.server import loopback_server
 from tests.observability.traffic import busy_server
 from tests.server.cases import TestRunner
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from eagle_target.server.serve import HttpServer
-    from eagle_target.server.status_report import Report
+    from eagle_target.server.run import HttpServer
+    from eagle_target.server.status.report import Report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium: apt-get install chromium")
@@ -83,13 +83,13 @@ def test_it_can_be_looked_at(server: HttpServer, tmp_path: Path, size: tuple[int
 
 
 def test_its_content_is_renewed_in_place(server: HttpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shown, render = [], status_page.render
+    shown, render = [], page.render
 
     def count(report: Report) -> str:
         shown.append(report)
         return render(replace(report, model=f"look {len(shown)}"))
 
-    monkeypatch.setattr(status_page, "render", count)
+    monkeypatch.setattr(page, "render", count)
 
     done = browse(tmp_path, server.url + "/", "--dump-dom", "--virtual-time-budget=12000")
 
@@ -103,7 +103,7 @@ def test_its_content_is_renewed_in_place(server: HttpServer, tmp_path: Path, mon
 def test_it_says_when_the_server_answers_no_more(
     server: HttpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shown, render = [], status_page.render
+    shown, render = [], page.render
 
     def fail_later(report: Report) -> str:
         shown.append(report)
@@ -111,7 +111,7 @@ def test_it_says_when_the_server_answers_no_more(
             raise RuntimeError("no page")
         return render(report)
 
-    monkeypatch.setattr(status_page, "render", fail_later)
+    monkeypatch.setattr(page, "render", fail_later)
 
     done = browse(tmp_path, server.url + "/", "--dump-dom", "--virtual-time-budget=16000")
 
@@ -122,13 +122,13 @@ def test_it_says_when_the_server_answers_no_more(
 
 
 def test_a_browser_gets_in_with_the_token_as_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shown, render = [], status_page.render
+    shown, render = [], page.render
 
     def count(report: Report) -> str:
         shown.append(report)
         return render(replace(report, model=f"look {len(shown)}"))
 
-    monkeypatch.setattr(status_page, "render", count)
+    monkeypatch.setattr(page, "render", count)
 
     with loopback_server(TestRunner, token=TOKEN) as guarded:
         address = guarded.url.removeprefix("http://")

@@ -14,15 +14,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from eagle_target import protocol
 from eagle_target.client.remote import RemoteEagle3TargetModel
+from eagle_target.contract.request import SupervisionRequest
 from eagle_target.errors import EngineDead
-from eagle_target.server import logs
-from eagle_target.server.exchanges import shown_path
-from eagle_target.server.logs import JsonFormatter, TextFormatter, configure_logging
-from eagle_target.server.redaction import hide_ids
-from eagle_target.server.subjects import Subject, about, printable
-from eagle_target.supervision import SupervisionRequest
+from eagle_target.protocol.messages import messages
+from eagle_target.server import log
+from eagle_target.server.log import JsonFormatter, Subject, TextFormatter, about, configure_logging, hide_ids, printable
+from eagle_target.server.middleware import shown_path
 from eagle_target.testing.server import ServerProcess, loopback_server, server_process
 from eagle_target.testing.tiny import save_tiny_target, shuffled_mapping
 from tests.server.cases import POISON, TestRunner, wait_until
@@ -31,7 +29,7 @@ from tests.server.http import ask, body_of, connected
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from eagle_target.runner import TargetForward
+    from eagle_target.contract.runner import TargetForward
 
 TOKEN = "correct-horse-battery-staple"
 OTHER_TOKEN = "another-token-of-good-length"
@@ -40,7 +38,7 @@ BEARER = {"Authorization": f"Bearer {TOKEN}"}
 VOCAB = 66_000
 MARKERS = (61_357, 62_483, 63_709, 64_577)
 OUTSIDE = 987_654_321
-SUPERVISE = {"method": "POST", "path": protocol.SUPERVISION}
+SUPERVISE = {"method": "POST", "path": messages.SUPERVISION}
 
 
 def request_with(*ids: int) -> SupervisionRequest:
@@ -79,15 +77,15 @@ def _train(url: str) -> None:
 
 
 def _misuse(url: str) -> None:
-    headers = {**BEARER, protocol.REQUEST_ID: "request-7", protocol.CLIENT: "client-3"}
-    refused = ask(url, "POST", protocol.SUPERVISION, body_of(request_with(*MARKERS, OUTSIDE)), headers)
+    headers = {**BEARER, messages.REQUEST_ID: "request-7", messages.CLIENT: "client-3"}
+    refused = ask(url, "POST", messages.SUPERVISION, body_of(request_with(*MARKERS, OUTSIDE)), headers)
     assert (refused.status, str(OUTSIDE) in refused.json()["detail"]) == (422, True)
-    assert ask(url, "POST", protocol.SUPERVISION, b"x" * 9 + str(MARKERS).encode(), BEARER).status == 400
+    assert ask(url, "POST", messages.SUPERVISION, b"x" * 9 + str(MARKERS).encode(), BEARER).status == 400
     assert ask(url, "GET", f"/{MARKERS[0]}-and-more-than-that", headers=BEARER).status == 404
     strange = {"Authorization": "Bearer wrong-token-of-good-length"}
-    assert ask(url, "GET", protocol.TARGET, headers=strange).status == 401
+    assert ask(url, "GET", messages.TARGET, headers=strange).status == 401
     basic = base64.b64encode(f"me:{TOKEN}".encode()).decode()
-    assert ask(url, "GET", protocol.STATUS, headers={"Authorization": f"Basic {basic}"}).status == 200
+    assert ask(url, "GET", messages.STATUS, headers={"Authorization": f"Basic {basic}"}).status == 200
     with connected(url) as connection:
         connection.sendall(b"no HTTP at all\r\n\r\n")
         assert connection.recv(1 << 16).startswith(b"HTTP/1.1 400")
@@ -109,14 +107,14 @@ def test_uvicorns_lines_have_the_same_form(served: ServerProcess) -> None:
 
 
 def test_lines_about_a_request_have_its_id_and_its_client(served: ServerProcess) -> None:
-    answered = [event for event in events_of(served) if event["logger"] == "eagle_target.server.exchanges"]
+    answered = [event for event in events_of(served) if event["logger"] == "eagle_target.server.middleware"]
     for event in answered:
         assert event["request"]
         assert event["client"]
     refused = next(event for event in answered if event["request"] == "request-7")
     assert refused["client"] == "client-3"
     assert (refused["level"], refused["status"], refused["problem"]) == ("info", 422, "contract")
-    good = [event for event in answered if event["status"] == 200 and event["path"] == protocol.SUPERVISION]
+    good = [event for event in answered if event["status"] == 200 and event["path"] == messages.SUPERVISION]
     assert [(event["level"], event["tokens"], event["transport"]) for event in good] == [
         ("debug", len(MARKERS), "wire"),
         ("debug", len(MARKERS), "shm"),
@@ -144,11 +142,11 @@ class Careless(TestRunner):
 
 def test_an_engines_message_keeps_no_ids(caplog: pytest.LogCaptureFixture) -> None:
     with loopback_server(Careless) as server, caplog.at_level(logging.DEBUG):
-        headers = {protocol.REQUEST_ID: "request-8", protocol.CLIENT: "client-4"}
-        answer = ask(server.url, "POST", protocol.SUPERVISION, body_of(request_with(*MARKERS)), headers)
+        headers = {messages.REQUEST_ID: "request-8", messages.CLIENT: "client-4"}
+        answer = ask(server.url, "POST", messages.SUPERVISION, body_of(request_with(*MARKERS)), headers)
         assert (answer.status, str(MARKERS[0]) in answer.body.decode()) == (500, True)
         wait_until(lambda: "answered" in caplog.text)
-        page = ask(server.url, "GET", protocol.STATUS).body.decode()
+        page = ask(server.url, "GET", messages.STATUS).body.decode()
     assert "index # of [#, #, #, #] and tensor([#, #, #, #]) is out of range, 99 left" in caplog.text
     assert "IndexError: see the log" in page
     for marker in MARKERS:
@@ -168,9 +166,9 @@ class Dying(TestRunner):
 
 def test_the_reason_an_engine_died_keeps_no_ids(caplog: pytest.LogCaptureFixture) -> None:
     with loopback_server(Dying) as server, caplog.at_level(logging.DEBUG):
-        answer = ask(server.url, "POST", protocol.SUPERVISION, body_of(request_with(*MARKERS)))
-        ready = ask(server.url, "GET", protocol.READY)
-        page = ask(server.url, "GET", protocol.STATUS)
+        answer = ask(server.url, "POST", messages.SUPERVISION, body_of(request_with(*MARKERS)))
+        ready = ask(server.url, "GET", messages.READY)
+        page = ask(server.url, "GET", messages.STATUS)
     assert answer.status == 503
     assert "the engine stopped: EngineDead: the worker died of [#, #, #, #]" in caplog.text
     for marker in MARKERS:
@@ -184,13 +182,13 @@ def test_what_the_engines_threads_log_is_about_the_request() -> None:
     logging.getLogger().addHandler(handler)
     try:
         with loopback_server(TestRunner) as server:
-            headers = {protocol.REQUEST_ID: "request-9", protocol.CLIENT: "client-5"}
+            headers = {messages.REQUEST_ID: "request-9", messages.CLIENT: "client-5"}
             body = body_of(request_with(1, 2, POISON))
-            assert ask(server.url, "POST", protocol.SUPERVISION, body, headers).status == 500
+            assert ask(server.url, "POST", messages.SUPERVISION, body, headers).status == 500
     finally:
         logging.getLogger().removeHandler(handler)
     (failed,) = [line for line in lines if "a forward failed" in line]
-    assert " ERROR eagle_target.server.forwards [request-9 client-5]: a forward failed\n  | Traceback" in failed
+    assert " ERROR eagle_target.server.engine.forwards [request-9 client-5]: a forward failed\n  | Traceback" in failed
 
 
 class _Kept(logging.Handler):
@@ -250,7 +248,7 @@ def test_configuring_covers_warnings_and_threads(
     root.handlers[:] = []
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-    for variable in logs.NO_PROGRESS_BARS:
+    for variable in log.NO_PROGRESS_BARS:
         monkeypatch.setenv(variable, "1")
     try:
         configure_logging("json", "info")
@@ -270,4 +268,4 @@ def test_configuring_covers_warnings_and_threads(
     assert "beware" in events[0]["message"]
     assert events[1]["message"] == "thread doomed ended"
     assert "IndexError" in events[1]["exception"]
-    assert logs.FIELDS not in events[0]
+    assert log.FIELDS not in events[0]

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from eagle_target_inprocess.transport import process_identity
 
-from eagle_target import protocol
+from eagle_target.protocol.messages import messages
 from eagle_target.testing.server import loopback_server
 from tests.observability.traffic import BATCHES, busy_server, documented_metrics, metric, metrics_text
 from tests.server.cases import TestRunner, mapping_of, request_of
@@ -22,7 +22,7 @@ from tests.server.http import ask, body_of, put_mapping
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from eagle_target.server.serve import HttpServer
+    from eagle_target.server.run import HttpServer
 
 DOCS = Path(__file__).parents[2] / "docs"
 DASHBOARD = DOCS / "grafana" / "eagle-target.json"
@@ -85,11 +85,11 @@ def test_a_client_that_falls_to_another_transport_is_counted_once() -> None:
         hello = json.dumps({"process": process_identity()}).encode()
 
         def send(client: str, transport: str, passed_over: str = "") -> None:
-            headers = {protocol.CLIENT: client, protocol.TRANSPORT: transport, protocol.PASSED_OVER: passed_over}
+            headers = {messages.CLIENT: client, messages.TRANSPORT: transport, messages.PASSED_OVER: passed_over}
             if transport != "wire":
-                opened = ask(server.url, "POST", f"{protocol.TRANSPORTS}/{transport}/channels", hello)
-                headers[protocol.CHANNEL] = opened.json()["channel"]
-            answer = ask(server.url, "POST", protocol.SUPERVISION, body_of(request_of([4])), headers)
+                opened = ask(server.url, "POST", f"{messages.TRANSPORTS}/{transport}/channels", hello)
+                headers[messages.CHANNEL] = opened.json()["channel"]
+            answer = ask(server.url, "POST", messages.SUPERVISION, body_of(request_of([4])), headers)
             assert answer.status == 200, answer.body
 
         def fallbacks() -> float | None:
@@ -112,7 +112,7 @@ def test_a_client_that_falls_to_another_transport_is_counted_once() -> None:
 def test_probes_that_are_told_to_wait_are_no_problems() -> None:
     with loopback_server(TestRunner) as server:
         server.engine.drain()
-        assert ask(server.url, "GET", protocol.READY).status == 503
+        assert ask(server.url, "GET", messages.READY).status == 503
         assert metric(server, "eagle_target_problems_total", problem="draining") is None
         assert metric(server, "eagle_target_state", state="draining") == 1
 

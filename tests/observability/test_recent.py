@@ -6,10 +6,10 @@ import re
 
 import pytest
 
-from eagle_target.server.figures import show_bytes, show_count, show_duration, show_seconds
-from eagle_target.server.markup import Markup, element, join, void
-from eagle_target.server.plot import nice_ceiling, plot
 from eagle_target.server.recent import SAMPLE_SECONDS, SAMPLES, Recent
+from eagle_target.server.status.figures import show_bytes, show_count, show_duration, show_seconds
+from eagle_target.server.status.markup import Markup, element, join, void
+from eagle_target.server.status.plot import nice_ceiling, plot
 
 
 class Clock:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from eagle_target import protocol
 from eagle_target.config import ServerConfig
 from eagle_target.errors import AdapterError
-from eagle_target.server.serve import HttpServer
+from eagle_target.protocol.messages import messages
+from eagle_target.server.run import HttpServer
 from eagle_target.testing.server import loopback_server
 from tests.observability.traffic import BATCHES, busy_server, client_of
 from tests.server.cases import TestRunner, wait_until
@@ -35,7 +35,7 @@ def server() -> Iterator[HttpServer]:
 
 @pytest.fixture(scope="module")
 def page(server: HttpServer) -> Answer:
-    return ask(server.url, "GET", protocol.STATUS)
+    return ask(server.url, "GET", messages.STATUS)
 
 
 class Balanced(HTMLParser):
@@ -117,9 +117,9 @@ def test_nothing_gets_in_unescaped() -> None:
     with loopback_server(TestRunner, model=HOSTILE) as server:
         info = server.engine.served.info.model_copy(update={"model": HOSTILE, "device": HOSTILE, "engine": HOSTILE})
         object.__setattr__(server.engine.served, "info", info)
-        headers = {protocol.CLIENT: "<b>me</b>"}
-        ask(server.url, "POST", protocol.SUPERVISION, b"", headers)
-        answer = ask(server.url, "GET", protocol.STATUS)
+        headers = {messages.CLIENT: "<b>me</b>"}
+        ask(server.url, "POST", messages.SUPERVISION, b"", headers)
+        answer = ask(server.url, "GET", messages.STATUS)
     text = answer.body.decode()
     assert "alert" in text
     assert "<script>alert" not in text
@@ -134,7 +134,7 @@ def test_it_tells_why_a_target_is_not_served() -> None:
 
     with started(fail) as server:
         wait_until(lambda: server.engine.state == "failed")
-        words = words_of(ask(server.url, "GET", protocol.STATUS))
+        words = words_of(ask(server.url, "GET", messages.STATUS))
     assert "failed" in words
     assert "no such folder: /models/x" in words
     assert "some/model" in words
@@ -150,7 +150,7 @@ def test_it_is_there_while_the_target_loads() -> None:
         return TestRunner()
 
     with started(load) as server:
-        answer = ask(server.url, "GET", protocol.STATUS)
+        answer = ask(server.url, "GET", messages.STATUS)
         gate.set()
     assert answer.status == 200
     assert "<title>loading: some/model</title>" in answer.body.decode()
@@ -176,7 +176,7 @@ def basic(password: str, user: str = "anybody") -> dict[str, str]:
 
 def test_a_browser_gets_in_with_the_token_as_password() -> None:
     with loopback_server(TestRunner, token=TOKEN) as server:
-        stranger = ask(server.url, "GET", protocol.STATUS)
+        stranger = ask(server.url, "GET", messages.STATUS)
         assert stranger.status == 401
         assert "embedding" not in stranger.body.decode()
         with connected(server.url) as connection:
@@ -185,9 +185,9 @@ def test_a_browser_gets_in_with_the_token_as_password() -> None:
         assert b"\r\nwww-authenticate: bearer\r\n" in head
         assert b'\r\nwww-authenticate: basic realm="eagle-target' in head
         for user in ("anybody", "", "ü"):
-            assert ask(server.url, "GET", protocol.STATUS, headers=basic(TOKEN, user)).status == 200
-        assert ask(server.url, "HEAD", protocol.STATUS, headers=basic(TOKEN)).status == 200
-        assert ask(server.url, "GET", protocol.STATUS, headers={"Authorization": f"Bearer {TOKEN}"}).status == 200
+            assert ask(server.url, "GET", messages.STATUS, headers=basic(TOKEN, user)).status == 200
+        assert ask(server.url, "HEAD", messages.STATUS, headers=basic(TOKEN)).status == 200
+        assert ask(server.url, "GET", messages.STATUS, headers={"Authorization": f"Bearer {TOKEN}"}).status == 200
 
 
 @pytest.mark.parametrize(
@@ -206,10 +206,10 @@ def test_a_browser_gets_in_with_the_token_as_password() -> None:
 )
 def test_what_is_no_token_does_not_open_the_page(headers: dict[str, str]) -> None:
     with loopback_server(TestRunner, token=TOKEN) as server:
-        assert ask(server.url, "GET", protocol.STATUS, headers=headers).status == 401
+        assert ask(server.url, "GET", messages.STATUS, headers=headers).status == 401
 
 
-@pytest.mark.parametrize(("method", "path"), [("GET", protocol.METRICS), ("GET", protocol.TARGET), ("POST", "/")])
+@pytest.mark.parametrize(("method", "path"), [("GET", messages.METRICS), ("GET", messages.TARGET), ("POST", "/")])
 def test_a_password_opens_nothing_else(method: str, path: str) -> None:
     with loopback_server(TestRunner, token=TOKEN) as server:
         answer = ask(server.url, method, path, b"" if method == "POST" else None, basic(TOKEN))
@@ -221,5 +221,5 @@ def test_clients_that_leave_are_gone_from_it() -> None:
     with loopback_server(TestRunner) as server:
         with client_of(server, "wire"):
             (client,) = server.engine.connected_clients()
-            assert client.id in words_of(ask(server.url, "GET", protocol.STATUS))
-        assert client.id not in words_of(ask(server.url, "GET", protocol.STATUS))
+            assert client.id in words_of(ask(server.url, "GET", messages.STATUS))
+        assert client.id not in words_of(ask(server.url, "GET", messages.STATUS))

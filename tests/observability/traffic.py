@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from eagle_target import protocol
 from eagle_target.client.remote import RemoteEagle3TargetModel
+from eagle_target.protocol.messages import messages
 from eagle_target.testing.server import loopback_server
 from tests.client.batches import rows_of
 from tests.server.cases import TestRunner, mapping_of, wait_until
@@ -17,7 +17,7 @@ from tests.server.http import ask, connected
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from eagle_target.server.serve import HttpServer
+    from eagle_target.server.run import HttpServer
 
 BATCHES = 3
 
@@ -33,7 +33,7 @@ def busy_server(**settings: Any) -> Iterator[HttpServer]:
         for seed in range(BATCHES):
             for target in (first, second):
                 target.generate_batch(**rows_of(seed))
-        assert ask(server.url, "POST", protocol.SUPERVISION, b"nonsense").status == 400
+        assert ask(server.url, "POST", messages.SUPERVISION, b"nonsense").status == 400
         with connected(server.url) as connection:
             connection.sendall(b"GET /" + b"x" * (1 << 16))
             assert connection.recv(1 << 16).startswith(b"HTTP/1.1 431")
@@ -49,7 +49,7 @@ def client_of(server: HttpServer, transport: str) -> Iterator[RemoteEagle3Target
 
 
 def metrics_text(server: HttpServer, headers: Mapping[str, str] | None = None) -> str:
-    return ask(server.url, "GET", protocol.METRICS, headers=headers).body.decode()
+    return ask(server.url, "GET", messages.METRICS, headers=headers).body.decode()
 
 
 def metric(server: HttpServer, name: str, **labels: str) -> float | None:

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from concurrent.futures import Future
 
-    from eagle_target.batch import Eagle3TargetBatch
-    from eagle_target.prefetch import Prefetch
-    from eagle_target.vocabulary import VocabMapping
+    from eagle_target.backend import Prefetch
+    from eagle_target.contract.batch import Eagle3TargetBatch
+    from eagle_target.contract.vocab_mapping import VocabMapping
 
 Rows = dict[str, torch.Tensor]
 SOON_SECONDS = 60.0

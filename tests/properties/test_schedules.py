@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, multiple, precondition, rule
 
-from eagle_target.client import dispatch
+from eagle_target.client import balancer
 from eagle_target.testing.server import loopback_server
 from tests.faults.processes import ServerUnderFault, faulty_server
 from tests.properties.schedules import Stream, Trainer, many_rows, mappings, rows
@@ -19,7 +19,7 @@ from tests.properties.schedules import Stream, Trainer, many_rows, mappings, row
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from eagle_target.vocabulary import VocabMapping
+    from eagle_target.contract.vocab_mapping import VocabMapping
     from tests.properties.schedules import Rows
 
 MOST_TRAINERS = 5
@@ -116,7 +116,7 @@ class Schedules(RuleBasedStateMachine):
 
 @pytest.fixture
 def servers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(dispatch, "FIRST_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr(balancer, "FIRST_PAUSE_SECONDS", 0.02)
     with ExitStack() as running:
         Schedules.process = running.enter_context(faulty_server({"delay": 0.002}, **SETTINGS))
         Schedules.here_url = running.enter_context(loopback_server(**SETTINGS)).url

@@ -9,9 +9,9 @@ import pytest
 import torch
 import xxhash
 
-from eagle_target import protocol
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.errors import ProtocolError, TransportError
+from eagle_target.protocol.messages import messages
 from eagle_target.testing.server import loopback_server
 from tests.client.batches import assert_same_batch, expected_batch, rows_of
 from tests.client.stub import Received, forwarding
@@ -21,11 +21,11 @@ from tests.server.http import Answer, ask, body_of, put_mapping
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from eagle_target.server.serve import HttpServer
-    from eagle_target.supervision import SupervisionRequest
-    from eagle_target.vocabulary import VocabMapping
+    from eagle_target.contract.request import SupervisionRequest
+    from eagle_target.contract.vocab_mapping import VocabMapping
+    from eagle_target.server.run import HttpServer
 
-ASKED = {protocol.WANT_CHECKSUM: protocol.CHECKSUM_NAME}
+ASKED = {messages.WANT_CHECKSUM: messages.CHECKSUM_NAME}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_a_flipped_bit_is_asked_for_again(server: HttpServer, position: int) -> 
     faults = [position]
 
     def change(request: Received, answer: Answer) -> Answer:
-        if request.path != protocol.SUPERVISION or not faults:
+        if request.path != messages.SUPERVISION or not faults:
             return answer
         return flipped(answer, faults.pop())
 
@@ -72,7 +72,7 @@ def test_a_flipped_bit_in_a_request_is_asked_for_again(server: HttpServer, trans
     faults = [position]
 
     def change(request: Received) -> Received:
-        return with_flipped_bit(request, faults.pop()) if request.path == protocol.SUPERVISION and faults else request
+        return with_flipped_bit(request, faults.pop()) if request.path == messages.SUPERVISION and faults else request
 
     with (
         forwarding(server.url, change_request=change) as line,
@@ -84,7 +84,7 @@ def test_a_flipped_bit_in_a_request_is_asked_for_again(server: HttpServer, trans
         assert target.model_info()["traffic"]["retries"] == 1
 
 
-@pytest.mark.parametrize("path", [protocol.LM_HEAD, protocol.VOCAB_MAPPINGS, protocol.TRANSPORTS])
+@pytest.mark.parametrize("path", [messages.LM_HEAD, messages.VOCAB_MAPPINGS, messages.TRANSPORTS])
 def test_no_body_that_changed_on_its_way_is_taken(server: HttpServer, path: str) -> None:
     def change(request: Received) -> Received:
         return with_flipped_bit(request, -1) if request.path.startswith(path) and request.body else request
@@ -107,14 +107,14 @@ def test_an_answer_to_another_request_is_not_taken(server: HttpServer, change: s
     put_mapping(server.url, mapping_of(seed=1))
 
     def answer_another(request: Received) -> Received:
-        if request.path != protocol.SUPERVISION:
+        if request.path != messages.SUPERVISION:
             return request
-        body = body_of(changed_request(protocol.decode_request(memoryview(bytearray(request.body)), find), change))
+        body = body_of(changed_request(messages.decode_request(memoryview(bytearray(request.body)), find), change))
         return replace(
             request,
             headers={
                 **request.headers,
-                protocol.CHECKSUM: protocol.checksum_of([body]),
+                messages.CHECKSUM: messages.checksum_of([body]),
                 "Content-Length": str(len(body)),
             },
             body=body,
@@ -129,7 +129,7 @@ def test_an_answer_to_another_request_is_not_taken(server: HttpServer, change: s
         RemoteEagle3TargetModel.from_urls([line.url], transport="wire", encoding="probs", max_retries=0) as target,
     ):
         target.set_vocab_mapping(mapping_of())
-        with pytest.raises(ProtocolError, match=f"answered with {protocol.ANSWERED} "):
+        with pytest.raises(ProtocolError, match=f"answered with {messages.ANSWERED} "):
             target.generate_batch(**rows_of())
 
 
@@ -147,8 +147,8 @@ def changed_request(request: SupervisionRequest, change: str) -> SupervisionRequ
             return replace(request, mapping=mapping_of(seed=1))
 
 
-@pytest.mark.parametrize("path", [protocol.LM_HEAD, protocol.INPUT_EMBEDDINGS])
-@pytest.mark.parametrize("name", [protocol.REQUEST_ID, protocol.ANSWERED, protocol.FINGERPRINT])
+@pytest.mark.parametrize("path", [messages.LM_HEAD, messages.INPUT_EMBEDDINGS])
+@pytest.mark.parametrize("name", [messages.REQUEST_ID, messages.ANSWERED, messages.FINGERPRINT])
 def test_weights_of_another_answer_are_not_taken(server: HttpServer, path: str, name: str) -> None:
     def cross(request: Received, answer: Answer) -> Answer:
         if request.path != path:
@@ -158,7 +158,7 @@ def test_weights_of_another_answer_are_not_taken(server: HttpServer, path: str, 
 
     def ask_for_weights(url: str) -> None:
         with RemoteEagle3TargetModel.from_urls([url], transport="wire", encoding="hidden", max_retries=0) as target:
-            if path == protocol.INPUT_EMBEDDINGS:
+            if path == messages.INPUT_EMBEDDINGS:
                 target.input_embedding_weight()
             target.set_vocab_mapping(mapping_of())
 
@@ -171,7 +171,7 @@ def test_weights_of_another_answer_are_not_taken(server: HttpServer, path: str, 
 
 def test_a_flipped_bit_in_the_handshake_is_found(server: HttpServer) -> None:
     def change(request: Received, answer: Answer) -> Answer:
-        return flipped(answer, -3) if request.path == protocol.TARGET else answer
+        return flipped(answer, -3) if request.path == messages.TARGET else answer
 
     with forwarding(server.url, change) as line, pytest.raises(ProtocolError, match="it changed on its way"):
         RemoteEagle3TargetModel.from_urls([line.url], transport="wire", max_retries=0)
@@ -179,7 +179,7 @@ def test_a_flipped_bit_in_the_handshake_is_found(server: HttpServer) -> None:
 
 def test_a_line_that_always_changes_bits_is_an_error(server: HttpServer) -> None:
     def change(request: Received, answer: Answer) -> Answer:
-        return flipped(answer, -1) if request.path == protocol.SUPERVISION else answer
+        return flipped(answer, -1) if request.path == messages.SUPERVISION else answer
 
     with (
         forwarding(server.url, change) as line,
@@ -192,7 +192,7 @@ def test_a_line_that_always_changes_bits_is_an_error(server: HttpServer) -> None
 
 def test_an_embedding_that_changed_is_no_embedding(server: HttpServer) -> None:
     def change(request: Received, answer: Answer) -> Answer:
-        return flipped(answer, -1) if request.path == protocol.INPUT_EMBEDDINGS else answer
+        return flipped(answer, -1) if request.path == messages.INPUT_EMBEDDINGS else answer
 
     with (
         forwarding(server.url, change) as line,
@@ -205,18 +205,18 @@ def test_an_embedding_that_changed_is_no_embedding(server: HttpServer) -> None:
 def test_a_checksum_is_sent_to_who_asks_for_one(server: HttpServer) -> None:
     put_mapping(server.url, mapping_of())
     body = body_of(request_of([5]))
-    plain = ask(server.url, "POST", protocol.SUPERVISION, body)
-    checked = ask(server.url, "POST", protocol.SUPERVISION, body, ASKED)
+    plain = ask(server.url, "POST", messages.SUPERVISION, body)
+    checked = ask(server.url, "POST", messages.SUPERVISION, body, ASKED)
 
-    assert protocol.CHECKSUM.lower() not in plain.headers
-    assert checked.headers[protocol.CHECKSUM.lower()] == f"xxh3_64={xxhash.xxh3_64_hexdigest(checked.body)}"
+    assert messages.CHECKSUM.lower() not in plain.headers
+    assert checked.headers[messages.CHECKSUM.lower()] == f"xxh3_64={xxhash.xxh3_64_hexdigest(checked.body)}"
 
 
 def test_a_client_can_do_without(server: HttpServer) -> None:
     asked = []
 
     def note(request: Received, answer: Answer) -> Answer:
-        asked.append(protocol.WANT_CHECKSUM.lower() in {name.lower() for name in request.headers})
+        asked.append(messages.WANT_CHECKSUM.lower() in {name.lower() for name in request.headers})
         return answer
 
     with (
@@ -228,7 +228,7 @@ def test_a_client_can_do_without(server: HttpServer) -> None:
     assert not any(asked)
 
 
-@pytest.mark.parametrize("name", [protocol.REQUEST_ID, protocol.ANSWERED, protocol.FINGERPRINT, protocol.MAPPING])
+@pytest.mark.parametrize("name", [messages.REQUEST_ID, messages.ANSWERED, messages.FINGERPRINT, messages.MAPPING])
 @pytest.mark.parametrize("transport", ["wire", "inprocess", "shm"])
 def test_what_came_with_the_tensors_is_compared(
     server: HttpServer, transport: str, name: str, monkeypatch: pytest.MonkeyPatch

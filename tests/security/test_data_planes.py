@@ -18,10 +18,10 @@ from eagle_target_nccl.groups import TcpGroup
 from eagle_target_shm.doorway import ADDRESS, CLIENT, GREETING, SERVER, Invitation, enter
 from torch import distributed
 
-from eagle_target import protocol
-from eagle_target.client.control import ChannelControl
+from eagle_target.client.lease import ChannelControl
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.errors import TransportRefused
+from eagle_target.protocol.messages import messages
 from eagle_target.seals import NONCE_BYTES, SEAL_BYTES, new_key
 from eagle_target.testing.server import loopback_server
 from tests.client.batches import assert_same_batch, expected_batch, rows_of
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 TOKEN = "correct-horse-battery-staple"
-CHANNELS = f"{protocol.TRANSPORTS}/nccl/channels"
+CHANNELS = f"{messages.TRANSPORTS}/nccl/channels"
 HELLO = {"backend": "tcp", "target_device": "cpu", "digest": "xxh3_128"}
 # Connections of HTTP, and what a server's first forward opens.
 SLACK_FILES = 32
@@ -166,9 +166,9 @@ def knock(say: Callable[[Any], None], doors: list[tuple[str, int]]) -> None:
 
 def open_without_token(say: Callable[[Any], None], url: str) -> None:
     """The answers to each transport's channels, and to the handshake that would say where doorways are."""
-    routes = [(protocol.TARGET, "GET")]
+    routes = [(messages.TARGET, "GET")]
     for name in ("inprocess", "nccl", "shm", "wire"):
-        path = f"{protocol.TRANSPORTS}/{name}/channels"
+        path = f"{messages.TRANSPORTS}/{name}/channels"
         routes += [(path, "POST"), (f"{path}/x/messages", "POST"), (f"{path}/x", "PUT"), (f"{path}/x", "DELETE")]
     say({ask(url, method, path, None if method == "GET" else b"{}").status for path, method in routes})
 
@@ -374,7 +374,7 @@ def test_another_user_neither_comes_through_shm_s_doorway_nor_opens_its_memory(
 
         def come_first(self: ChannelControl, hello: Mapping[str, Any]) -> Mapping[str, Any]:
             answer = open_channel(self, hello)
-            name = ask(server.url, "GET", protocol.TARGET).json()["transports"]["shm"]["socket"]
+            name = ask(server.url, "GET", messages.TARGET).json()["transports"]["shm"]["socket"]
             heard.append(as_stranger(come_through, name, answer["name"]))
             return answer
 

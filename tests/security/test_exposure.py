@@ -13,8 +13,8 @@ from pydantic import SecretStr
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.config import ServerConfig
 from eagle_target.errors import ConfigError, ConnectError
-from eagle_target.server.security import is_loopback
-from eagle_target.server.serve import HttpServer
+from eagle_target.server.middleware import is_loopback
+from eagle_target.server.run import HttpServer
 from eagle_target.testing.server import loopback_server
 from tests.client.batches import assert_same_batch, expected_batch, rows_of
 from tests.server.cases import TestRunner, mapping_of
@@ -80,9 +80,9 @@ def test_the_command_refuses_to_stand_open(monkeypatch: pytest.MonkeyPatch, caps
     import sys
 
     from eagle_target.cli.main import main
-    from eagle_target.server import logs
+    from eagle_target.server import log
 
-    monkeypatch.setattr(logs, "configure_logging", lambda *_: None)
+    monkeypatch.setattr(log, "configure_logging", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["eagle-target", "serve", "--model", "m", "--host", "0.0.0.0", "--port", "0"])
     with pytest.raises(SystemExit):
         main()

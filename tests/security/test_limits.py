@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from eagle_target import protocol
-from eagle_target.tensor_format import encode_tensors
+from eagle_target.protocol.messages import messages
+from eagle_target.protocol.tensors import encode_tensors
 from eagle_target.testing.server import loopback_server
 from tests.server.cases import mapping_of, request_of
 from tests.server.http import (
@@ -28,7 +28,7 @@ from tests.server.http import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from eagle_target.server.serve import HttpServer
+    from eagle_target.server.run import HttpServer
 
 LIMITS: dict[str, Any] = {
     "max_request_tokens": 64,
@@ -54,7 +54,7 @@ def server() -> Iterator[HttpServer]:
 def goes_on(server: HttpServer) -> Iterator[None]:
     yield
     put_mapping(server.url, mapping_of())
-    assert ask(server.url, "POST", protocol.SUPERVISION, body_of(request_of([5, 7]))).status == 200
+    assert ask(server.url, "POST", messages.SUPERVISION, body_of(request_of([5, 7]))).status == 200
 
 
 @pytest.mark.parametrize(
@@ -63,18 +63,18 @@ def goes_on(server: HttpServer) -> Iterator[None]:
 )
 def test_requests_that_are_too_much(server: HttpServer, seq_lens: list[int], name: str) -> None:
     put_mapping(server.url, mapping_of())
-    answer = ask(server.url, "POST", protocol.SUPERVISION, body_of(request_of(seq_lens)))
+    answer = ask(server.url, "POST", messages.SUPERVISION, body_of(request_of(seq_lens)))
     assert_problem(answer, 413, name, "this server takes .* raise max_")
 
 
 @pytest.mark.parametrize(
     ("method", "path", "length", "name"),
     [
-        ("POST", protocol.SUPERVISION, 2049, "body-too-large"),
-        ("POST", protocol.SUPERVISION, 10**18, "body-too-large"),
-        ("POST", protocol.LM_HEAD, 2049, "body-too-large"),
-        ("PUT", f"{protocol.VOCAB_MAPPINGS}/x", 1025, "mapping-too-large"),
-        ("POST", f"{protocol.TRANSPORTS}/inprocess/channels", 1 << 17, "body-too-large"),
+        ("POST", messages.SUPERVISION, 2049, "body-too-large"),
+        ("POST", messages.SUPERVISION, 10**18, "body-too-large"),
+        ("POST", messages.LM_HEAD, 2049, "body-too-large"),
+        ("PUT", f"{messages.VOCAB_MAPPINGS}/x", 1025, "mapping-too-large"),
+        ("POST", f"{messages.TRANSPORTS}/inprocess/channels", 1 << 17, "body-too-large"),
     ],
 )
 def test_a_body_that_is_too_large_is_refused_unread(
@@ -156,22 +156,22 @@ def test_a_slow_loris_is_cut_off(server: HttpServer, drip: bytes, times: int) ->
 
 def test_a_body_that_drips_is_told(server: HttpServer) -> None:
     with connected(server.url) as connection:
-        connection.sendall(head_of(protocol.SUPERVISION, 500) + b"x")
+        connection.sendall(head_of(messages.SUPERVISION, 500) + b"x")
         assert_problem(read_answer(connection), 408, "body-timeout", "1 of 500 bytes")
 
 
 def test_a_body_cut_short_disturbs_nobody(server: HttpServer) -> None:
     body = body_of(request_of([4]))
     with connected(server.url) as connection:
-        connection.sendall(head_of(protocol.SUPERVISION, len(body)) + body[:-1])
+        connection.sendall(head_of(messages.SUPERVISION, len(body)) + body[:-1])
     with connected(server.url) as connection:
-        connection.sendall(head_of(protocol.SUPERVISION, len(body) - 3) + body)
+        connection.sendall(head_of(messages.SUPERVISION, len(body) - 3) + body)
         assert read_answer(connection).status == 400
 
 
 @pytest.mark.parametrize("length", ["-1", "1e3", "+5", "0x10", "9" * 40, "9" * 900, "5, 6", "\u0665"])
 def test_a_content_length_that_is_none(server: HttpServer, length: str) -> None:
-    head = f"POST {protocol.SUPERVISION} HTTP/1.1\r\nContent-Length: {length}\r\n\r\n".encode()
+    head = f"POST {messages.SUPERVISION} HTTP/1.1\r\nContent-Length: {length}\r\n\r\n".encode()
     with connected(server.url) as connection:
         connection.sendall(head)
         connection.settimeout(10)
@@ -202,7 +202,7 @@ def lying(**entry: Any) -> bytes:
     ],
 )
 def test_safetensors_headers_that_lie(server: HttpServer, body: bytes) -> None:
-    assert_problem(ask(server.url, "POST", protocol.SUPERVISION, body), 400, "malformed-body", ".")
+    assert_problem(ask(server.url, "POST", messages.SUPERVISION, body), 400, "malformed-body", ".")
 
 
 @pytest.mark.parametrize("value", [-1, 211, 1 << 62, -(1 << 63)])
@@ -210,16 +210,16 @@ def test_ids_out_of_range(server: HttpServer, value: int) -> None:
     put_mapping(server.url, mapping_of())
     tensors = {"input_ids": torch.tensor([1, value, 2]), "seq_lens": torch.tensor([3])}
     body = b"".join(encode_tensors(tensors, {"vocab_mapping": mapping_of().sha256}))
-    assert_problem(ask(server.url, "POST", protocol.SUPERVISION, body), 422, "contract", "input_ids")
+    assert_problem(ask(server.url, "POST", messages.SUPERVISION, body), 422, "contract", "input_ids")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1.0])
 def test_floats_are_no_ids(server: HttpServer, value: float) -> None:
     body = b"".join(encode_tensors({"input_ids": torch.tensor([value]), "seq_lens": torch.tensor([1])}, {}))
-    assert_problem(ask(server.url, "POST", protocol.SUPERVISION, body), 422, "contract", "int64 vector")
+    assert_problem(ask(server.url, "POST", messages.SUPERVISION, body), 422, "contract", "int64 vector")
 
 
 @pytest.mark.parametrize("text", [b'{"a": NaN}', b'{"a": -Infinity}', b"[" * 5000])
 def test_what_is_no_json_is_refused(server: HttpServer, text: bytes) -> None:
-    answer = ask(server.url, "POST", f"{protocol.TRANSPORTS}/inprocess/channels", text)
+    answer = ask(server.url, "POST", f"{messages.TRANSPORTS}/inprocess/channels", text)
     assert_problem(answer, 400, "malformed-body", "is not JSON")

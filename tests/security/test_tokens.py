@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from pydantic import SecretStr
 
-from eagle_target import protocol
+from eagle_target.auth import Tokens, read_tokens
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.config import ClientConfig, ServerConfig, dump_config, load_config
 from eagle_target.errors import ConfigError, ServerError
-from eagle_target.server.serve import HttpServer
+from eagle_target.protocol.messages import messages
+from eagle_target.server.run import HttpServer
 from eagle_target.targets import open_target
 from eagle_target.testing.server import loopback_server
-from eagle_target.tokens import Tokens, read_tokens
 from tests.client.batches import assert_same_batch, expected_batch, rows_of
 from tests.server.cases import TestRunner, mapping_of
 from tests.server.http import ask, assert_problem
@@ -46,16 +46,16 @@ def bearer(token: str) -> dict[str, str]:
 
 
 ROUTES = [
-    ("GET", protocol.METRICS),
-    ("GET", protocol.TARGET),
-    ("GET", protocol.INPUT_EMBEDDINGS),
-    ("POST", protocol.LM_HEAD),
-    ("PUT", protocol.VOCAB_MAPPINGS + "/x"),
-    ("POST", protocol.SUPERVISION),
-    ("POST", protocol.TRANSPORTS + "/inprocess/channels"),
-    ("DELETE", protocol.TRANSPORTS + "/inprocess/channels/x"),
-    ("PUT", protocol.CLIENTS + "/x"),
-    ("DELETE", protocol.CLIENTS + "/x"),
+    ("GET", messages.METRICS),
+    ("GET", messages.TARGET),
+    ("GET", messages.INPUT_EMBEDDINGS),
+    ("POST", messages.LM_HEAD),
+    ("PUT", messages.VOCAB_MAPPINGS + "/x"),
+    ("POST", messages.SUPERVISION),
+    ("POST", messages.TRANSPORTS + "/inprocess/channels"),
+    ("DELETE", messages.TRANSPORTS + "/inprocess/channels/x"),
+    ("PUT", messages.CLIENTS + "/x"),
+    ("DELETE", messages.CLIENTS + "/x"),
     ("GET", "/nowhere"),
 ]
 
@@ -83,7 +83,7 @@ def test_a_stranger_is_told_nothing(server: HttpServer, method: str, path: str, 
     assert "embedding" not in answer.body.decode()
 
 
-@pytest.mark.parametrize("path", [protocol.HEALTH, protocol.READY])
+@pytest.mark.parametrize("path", [messages.HEALTH, messages.READY])
 def test_probes_need_no_token(server: HttpServer, path: str) -> None:
     assert ask(server.url, "GET", path).status == 200
 
@@ -97,24 +97,24 @@ def test_why_a_target_failed_is_told_to_those_with_a_token_only(token_file: Path
     try:
         while server.engine.state == "loading":
             pass
-        assert "secret" not in ask(server.url, "GET", protocol.READY).json()["detail"]
-        assert "secret" in ask(server.url, "GET", protocol.READY, headers=bearer(TOKEN)).json()["detail"]
+        assert "secret" not in ask(server.url, "GET", messages.READY).json()["detail"]
+        assert "secret" in ask(server.url, "GET", messages.READY, headers=bearer(TOKEN)).json()["detail"]
     finally:
         server.close()
 
 
 @pytest.mark.parametrize("token", [TOKEN, OTHER])
 def test_each_token_lets_in(server: HttpServer, token: str) -> None:
-    for path in (protocol.TARGET, protocol.METRICS):
+    for path in (messages.TARGET, messages.METRICS):
         assert ask(server.url, "GET", path, headers=bearer(token)).status == 200
-    assert ask(server.url, "GET", protocol.TARGET, headers={"authorization": f"bEaReR  {token}"}).status == 200
+    assert ask(server.url, "GET", messages.TARGET, headers={"authorization": f"bEaReR  {token}"}).status == 200
 
 
 def test_two_authorization_headers_are_none(server: HttpServer) -> None:
     from tests.server.http import connected, read_answer
 
     with connected(server.url) as connection:
-        head = f"GET {protocol.TARGET} HTTP/1.1\r\nHost: x\r\n" + f"Authorization: Bearer {TOKEN}\r\n" * 2 + "\r\n"
+        head = f"GET {messages.TARGET} HTTP/1.1\r\nHost: x\r\n" + f"Authorization: Bearer {TOKEN}\r\n" * 2 + "\r\n"
         connection.sendall(head.encode())
         assert read_answer(connection).status == 401
 
@@ -172,7 +172,7 @@ def test_tokens_are_exchanged_while_client_and_server_run(
         mine.write_text(new)
         token_file.write_text(f"{new}\n")
         assert_same_batch(target.generate_batch(**rows_of()), expected_batch(rows_of()))
-        assert ask(server.url, "GET", protocol.TARGET, headers=bearer(TOKEN)).status == 401
+        assert ask(server.url, "GET", messages.TARGET, headers=bearer(TOKEN)).status == 401
         token_file.unlink()
         target.generate_batch(**rows_of())
     assert "the tokens read before stand" in caplog.text

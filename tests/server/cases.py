@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from eagle_target.rows import PackedTensors
-from eagle_target.server.engine import TargetModelServer
-from eagle_target.supervision import SupervisionRequest, compute_supervision
+from eagle_target.compute.supervise import compute_supervision
+from eagle_target.contract.request import SupervisionRequest
+from eagle_target.contract.sinks import PackedTensors
+from eagle_target.server.engine.server import TargetModelServer
 from eagle_target.testing.tiny import EmbeddingRunner, shuffled_mapping
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from concurrent.futures import Future
 
-    from eagle_target.projection import Encoding
-    from eagle_target.runner import DraftHead, TargetForward, TargetRunner
-    from eagle_target.server.jobs import Supervised
-    from eagle_target.vocabulary import VocabMapping
+    from eagle_target.contract.request import Encoding
+    from eagle_target.contract.runner import DraftHead, TargetForward, TargetRunner
+    from eagle_target.contract.vocab_mapping import VocabMapping
+    from eagle_target.server.engine.job import Supervised
 
 VOCAB_SIZE = 211
 POISON = 13

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from eagle_target import protocol
-from eagle_target.tensor_format import decode_tensors
+from eagle_target.protocol.messages import messages
+from eagle_target.protocol.tensors import decode_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     import torch
 
-    from eagle_target.supervision import SupervisionRequest
-    from eagle_target.vocabulary import VocabMapping
+    from eagle_target.contract.request import SupervisionRequest
+    from eagle_target.contract.vocab_mapping import VocabMapping
 
 TIMEOUT_SECONDS = 30.0
 
@@ -75,12 +75,12 @@ def read_until_closed(connection: socket.socket) -> bytes:
 
 
 def body_of(request: SupervisionRequest) -> bytes:
-    return b"".join(protocol.encode_request(request))
+    return b"".join(messages.encode_request(request))
 
 
 def put_mapping(url: str, mapping: VocabMapping) -> None:
-    body = b"".join(protocol.encode_mapping(mapping))
-    assert ask(url, "PUT", f"{protocol.VOCAB_MAPPINGS}/{mapping.sha256}", body).status == 204
+    body = b"".join(messages.encode_mapping(mapping))
+    assert ask(url, "PUT", f"{messages.VOCAB_MAPPINGS}/{mapping.sha256}", body).status == 204
 
 
 def head_of(path: str, length: int, method: str = "POST") -> bytes:

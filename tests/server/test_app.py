@@ -14,11 +14,11 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
-from eagle_target import protocol
+from eagle_target.contract.request import SupervisionRequest
 from eagle_target.errors import AdapterError
-from eagle_target.server.serve import HttpServer
-from eagle_target.supervision import SupervisionRequest
-from eagle_target.tensor_format import encode_tensors
+from eagle_target.protocol.messages import messages
+from eagle_target.protocol.tensors import encode_tensors
+from eagle_target.server.run import HttpServer
 from eagle_target.testing.server import loopback_server
 from eagle_target.testing.tiny import shuffled_mapping
 from tests.server.cases import (
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from eagle_target.runner import TargetRunner
+    from eagle_target.contract.runner import TargetRunner
 
 MAX_BODY_BYTES = 1 << 16
 MAX_TOKENS = 500
@@ -65,7 +65,7 @@ def url(server: HttpServer) -> str:
 
 def supervise(url: str, body: bytes, **headers: str) -> Answer:
     return ask(
-        url, "POST", protocol.SUPERVISION, body, {name.replace("_", "-"): text for name, text in headers.items()}
+        url, "POST", messages.SUPERVISION, body, {name.replace("_", "-"): text for name, text in headers.items()}
     )
 
 
@@ -84,7 +84,7 @@ def test_health_and_readiness(url: str) -> None:
 
 
 def test_the_handshake_tells_what_is_served(url: str) -> None:
-    handshake = protocol.read_handshake(ask(url, "GET", protocol.TARGET).body)
+    handshake = messages.read_handshake(ask(url, "GET", messages.TARGET).body)
     runner = TestRunner()
     assert handshake.target == runner.info
     assert handshake.aux_layer_ids == (1, 3, 4)
@@ -97,19 +97,19 @@ def test_the_handshake_tells_what_is_served(url: str) -> None:
 
 def test_the_input_embedding_and_rows_of_the_head(url: str) -> None:
     runner = TestRunner(bias=True, logit_scale=0.5, soft_cap=30.0)
-    answer = ask(url, "GET", protocol.INPUT_EMBEDDINGS)
-    assert answer.headers["content-type"] == protocol.CONTENT_TYPE
+    answer = ask(url, "GET", messages.INPUT_EMBEDDINGS)
+    assert answer.headers["content-type"] == messages.CONTENT_TYPE
     assert_same_tensors(answer.tensors()[0], {"weight": TestRunner().input_embedding_weight()})
     with loopback_server(lambda: runner) as other:
         wanted = ids(7, 3, 200)
-        answer = ask(other.url, "POST", protocol.LM_HEAD, body_with(token_ids=wanted))
+        answer = ask(other.url, "POST", messages.LM_HEAD, body_with(token_ids=wanted))
         head = TestRunner(bias=True).draft_head(wanted)
         assert head is not None
         assert head.bias is not None
         tensors, metadata = answer.tensors()
         assert_same_tensors(tensors, {"weight": head.weight, "bias": head.bias})
         assert metadata == {"logit_scale": "0.5", "soft_cap": "30.0"}
-        assert answer.headers[protocol.FINGERPRINT.lower()] == other.engine.served.fingerprint
+        assert answer.headers[messages.FINGERPRINT.lower()] == other.engine.served.fingerprint
 
 
 @pytest.mark.parametrize(
@@ -124,12 +124,12 @@ def test_the_input_embedding_and_rows_of_the_head(url: str) -> None:
     ],
 )
 def test_wrong_ids_of_the_head_are_refused(url: str, tensors: dict[str, torch.Tensor], detail: str) -> None:
-    assert_problem(ask(url, "POST", protocol.LM_HEAD, body_with(**tensors)), 422, "contract", detail)
+    assert_problem(ask(url, "POST", messages.LM_HEAD, body_with(**tensors)), 422, "contract", detail)
 
 
 def test_a_head_that_cannot_be_handed_out_is_a_problem() -> None:
     with loopback_server(lambda: TestRunner(plain_head=False)) as other:
-        answer = ask(other.url, "POST", protocol.LM_HEAD, body_with(token_ids=ids(1)))
+        answer = ask(other.url, "POST", messages.LM_HEAD, body_with(token_ids=ids(1)))
         assert_problem(answer, 422, "contract", "use encoding 'probs' or 'logits'")
         put_mapping(other.url, mapping_of())
         answer = supervise(other.url, body_of(request_of([3], encoding="hidden")))
@@ -145,14 +145,14 @@ def test_supervision_has_the_bits_of_the_co_located_target(server: HttpServer, e
     assert_same_tensors(tensors, expected_of(request))
     headers = {name.lower(): value for name, value in answer.headers.items()}
     echoed = {
-        protocol.REQUEST_ID: "batch 7/é".encode().decode("latin-1"),
-        protocol.ANSWERED: protocol.request_digest(request),
-        protocol.FINGERPRINT: server.engine.served.fingerprint,
-        protocol.MAPPING: mapping_of().sha256,
+        messages.REQUEST_ID: "batch 7/é".encode().decode("latin-1"),
+        messages.ANSWERED: messages.request_digest(request),
+        messages.FINGERPRINT: server.engine.served.fingerprint,
+        messages.MAPPING: mapping_of().sha256,
     }
     assert metadata == echoed
     assert {name: headers[name.lower()] for name in echoed} == echoed
-    assert headers["content-type"] == protocol.CONTENT_TYPE
+    assert headers["content-type"] == messages.CONTENT_TYPE
     assert int(headers["content-length"]) == len(answer.body)
     stages = [stage.split(";dur=") for stage in headers["server-timing"].split(", ")]
     assert [name for name, _ in stages] == ["queue", "forward", "projection"]
@@ -168,8 +168,8 @@ def test_an_answer_without_mapping_or_request_id(url: str) -> None:
     )
     answer = supervise(url, body)
     headers = {name.lower(): value for name, value in answer.headers.items()}
-    assert headers[protocol.REQUEST_ID.lower()]
-    assert protocol.MAPPING.lower() not in headers
+    assert headers[messages.REQUEST_ID.lower()]
+    assert messages.MAPPING.lower() not in headers
     assert_same_tensors(answer.tensors()[0], expected_of(request))
 
 
@@ -179,7 +179,7 @@ def test_a_saved_answer_opens_with_the_stock_library(url: str, tmp_path: Path) -
     path.write_bytes(supervise(url, body_of(request), Eagle_Target_Request_Id="saved").body)
     assert_same_tensors(safetensors.torch.load_file(path), expected_of(request))
     with safe_open(path, framework="pt") as opened:
-        assert opened.metadata()[protocol.REQUEST_ID] == "saved"
+        assert opened.metadata()[messages.REQUEST_ID] == "saved"
 
 
 def test_a_request_of_the_stock_library_without_row_mask_gets_every_row_but_the_first_ones(url: str) -> None:
@@ -254,8 +254,8 @@ def good_body() -> bytes:
 )
 def test_a_body_that_is_not_safetensors_is_refused(url: str, body: bytes, detail: str) -> None:
     assert_problem(supervise(url, body), 400, "malformed-body", detail)
-    assert_problem(ask(url, "POST", protocol.LM_HEAD, body), 400, "malformed-body", detail)
-    assert_problem(ask(url, "PUT", protocol.VOCAB_MAPPINGS + "/0", body), 400, "malformed-body", detail)
+    assert_problem(ask(url, "POST", messages.LM_HEAD, body), 400, "malformed-body", detail)
+    assert_problem(ask(url, "PUT", messages.VOCAB_MAPPINGS + "/0", body), 400, "malformed-body", detail)
 
 
 def test_a_mapping_is_stored_under_its_hash_only(url: str) -> None:
@@ -263,22 +263,22 @@ def test_a_mapping_is_stored_under_its_hash_only(url: str) -> None:
     request = request_of([3], mapping=mapping)
     answer = supervise(url, body_of(request))
     assert_problem(answer, 409, "unknown-vocab-mapping", f"no vocabulary mapping '{mapping.sha256}': PUT it to")
-    body = b"".join(protocol.encode_mapping(mapping))
-    answer = ask(url, "PUT", f"{protocol.VOCAB_MAPPINGS}/{'0' * 64}", body)
+    body = b"".join(messages.encode_mapping(mapping))
+    answer = ask(url, "PUT", f"{messages.VOCAB_MAPPINGS}/{'0' * 64}", body)
     assert_problem(answer, 422, "invalid-vocab-mapping", f"hash is {mapping.sha256}, the path says '0000")
     for _ in range(2):
-        answer = ask(url, "PUT", f"{protocol.VOCAB_MAPPINGS}/{mapping.sha256}", body)
+        answer = ask(url, "PUT", f"{messages.VOCAB_MAPPINGS}/{mapping.sha256}", body)
         assert (answer.status, answer.body) == (204, b"")
     assert_same_tensors(supervise(url, body_of(request)).tensors()[0], expected_of(request))
 
 
 def test_bytes_a_token_are_told_and_true(url: str) -> None:
     mapping = mapping_of(6)
-    ask(url, "PUT", f"{protocol.VOCAB_MAPPINGS}/{mapping.sha256}", b"".join(protocol.encode_mapping(mapping)))
-    answer = ask(url, "GET", f"{protocol.VOCAB_MAPPINGS}/{mapping.sha256}").json()
+    ask(url, "PUT", f"{messages.VOCAB_MAPPINGS}/{mapping.sha256}", b"".join(messages.encode_mapping(mapping)))
+    answer = ask(url, "GET", f"{messages.VOCAB_MAPPINGS}/{mapping.sha256}").json()
     assert answer["draft_vocab_size"] == mapping.draft_vocab_size
     told = answer["bytes_per_token"]
-    handshake = protocol.read_handshake(ask(url, "GET", protocol.TARGET).body)
+    handshake = messages.read_handshake(ask(url, "GET", messages.TARGET).body)
     assert handshake.bytes_per_token == {name: told[name] for name in ("hidden", "logits")}
     for encoding in handshake.encodings:
         request = request_of([9], mapping=mapping, encoding=encoding)  # type: ignore[arg-type]
@@ -289,13 +289,13 @@ def test_bytes_a_token_are_told_and_true(url: str) -> None:
 
 def test_mappings_that_are_wrong_are_refused(url: str) -> None:
     other = shuffled_mapping(100, 10)
-    answer = ask(url, "PUT", f"{protocol.VOCAB_MAPPINGS}/{other.sha256}", b"".join(protocol.encode_mapping(other)))
+    answer = ask(url, "PUT", f"{messages.VOCAB_MAPPINGS}/{other.sha256}", b"".join(messages.encode_mapping(other)))
     assert_problem(answer, 422, "invalid-vocab-mapping", "vocabulary of 100, the target's has 211")
-    answer = ask(url, "PUT", f"{protocol.VOCAB_MAPPINGS}/0", body_with(selected_token_ids=ids(1)))
+    answer = ask(url, "PUT", f"{messages.VOCAB_MAPPINGS}/0", body_with(selected_token_ids=ids(1)))
     assert_problem(answer, 422, "contract", "has selected_token_ids and selected_token_mask")
     wrong = body_with(selected_token_ids=ids(1, 1), selected_token_mask=torch.ones(211).bool())
     assert_problem(
-        ask(url, "PUT", f"{protocol.VOCAB_MAPPINGS}/0", wrong), 422, "invalid-vocab-mapping", "more than once"
+        ask(url, "PUT", f"{messages.VOCAB_MAPPINGS}/0", wrong), 422, "invalid-vocab-mapping", "more than once"
     )
 
 
@@ -305,10 +305,10 @@ def test_mappings_that_are_wrong_are_refused(url: str) -> None:
         ("GET", "/status", 404, "not-found"),
         ("GET", "/v2/target", 404, "not-found"),
         ("POST", "/v1/transports/wire", 404, "not-found"),
-        ("GET", protocol.SUPERVISION, 405, "method-not-allowed"),
-        ("POST", protocol.TARGET, 405, "method-not-allowed"),
-        ("GET", protocol.VOCAB_MAPPINGS + "/0", 409, "unknown-vocab-mapping"),
-        ("POST", protocol.VOCAB_MAPPINGS + "/0", 405, "method-not-allowed"),
+        ("GET", messages.SUPERVISION, 405, "method-not-allowed"),
+        ("POST", messages.TARGET, 405, "method-not-allowed"),
+        ("GET", messages.VOCAB_MAPPINGS + "/0", 409, "unknown-vocab-mapping"),
+        ("POST", messages.VOCAB_MAPPINGS + "/0", 405, "method-not-allowed"),
         ("DELETE", "/v1/transports/wire/channels", 405, "method-not-allowed"),
     ],
 )
@@ -318,7 +318,7 @@ def test_other_routes_and_methods(url: str, method: str, path: str, status: int,
     assert ("allow" in answer.headers) == (status == 405)
 
 
-@pytest.mark.parametrize("path", [protocol.SUPERVISION, protocol.LM_HEAD, "/v1/transports/inprocess/channels"])
+@pytest.mark.parametrize("path", [messages.SUPERVISION, messages.LM_HEAD, "/v1/transports/inprocess/channels"])
 def test_a_body_without_length_is_refused(url: str, path: str) -> None:
     with connected(url) as connection:
         connection.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
@@ -328,11 +328,11 @@ def test_a_body_without_length_is_refused(url: str, path: str) -> None:
 
 def test_an_oversized_body_is_refused_before_it_is_read(url: str) -> None:
     with connected(url) as connection:
-        connection.sendall(head_of(protocol.SUPERVISION, MAX_BODY_BYTES + 1))
+        connection.sendall(head_of(messages.SUPERVISION, MAX_BODY_BYTES + 1))
         assert_problem(read_answer(connection), 413, "body-too-large", "has 65537 bytes, this server takes 65536")
         assert read_until_closed(connection) == b""
     with connected(url) as connection:
-        connection.sendall(head_of(protocol.SUPERVISION, 10**18))
+        connection.sendall(head_of(messages.SUPERVISION, 10**18))
         assert_problem(read_answer(connection), 413, "body-too-large", f"has {10**18} bytes")
 
 
@@ -340,7 +340,7 @@ def test_a_slow_client_is_dropped() -> None:
     with loopback_server(TestRunner, body_timeout=0.3, headers_timeout=0.3) as server:
         body = good_body()
         with connected(server.url) as connection:
-            connection.sendall(head_of(protocol.SUPERVISION, len(body)) + body[:10])
+            connection.sendall(head_of(messages.SUPERVISION, len(body)) + body[:10])
             assert_problem(read_answer(connection), 408, "body-timeout", f"10 of {len(body)} bytes.* within 0.3 s")
             assert read_until_closed(connection) == b""
         for start in (b"", b"POST /v1/superv", b"GET /health HTTP/1.1\r\nHost: x\r\n"):
@@ -371,10 +371,10 @@ def test_a_slow_engine_does_not_count_as_a_slow_client() -> None:
 def test_a_connection_is_used_again_after_a_problem(url: str) -> None:
     body = good_body()
     with connected(url) as connection:
-        for path, status in ((protocol.SUPERVISION, 200), ("/nowhere", 404), (protocol.SUPERVISION, 200)):
+        for path, status in ((messages.SUPERVISION, 200), ("/nowhere", 404), (messages.SUPERVISION, 200)):
             connection.sendall(head_of(path, len(body)) + body)
             assert read_answer(connection).status == status
-        connection.sendall(head_of(protocol.SUPERVISION, 3) + b"abc")
+        connection.sendall(head_of(messages.SUPERVISION, 3) + b"abc")
         assert read_answer(connection).status == 400
         connection.sendall(head_of("/health", 0, "GET"))
         assert read_answer(connection).status == 200
@@ -399,7 +399,7 @@ def test_a_transport_or_channel_that_is_not_there(url: str) -> None:
 
 def test_only_named_transports_are_offered() -> None:
     with loopback_server(TestRunner, transports=("inprocess",)) as server:
-        assert [*ask(server.url, "GET", protocol.TARGET).json()["transports"]] == ["inprocess"]
+        assert [*ask(server.url, "GET", messages.TARGET).json()["transports"]] == ["inprocess"]
         assert_problem(supervise(server.url, good_body()), 409, "transport-not-offered", "'wire'")
 
 
@@ -439,7 +439,7 @@ def test_the_metrics_count() -> None:
         wait_until(lambda: runner.entered == 2)
         waiting.append(pool.submit(supervise, server.url, good_body()))
         wait_until(lambda: server.engine.waiting == 1)
-        text = ask(server.url, "GET", protocol.METRICS).body.decode()
+        text = ask(server.url, "GET", messages.METRICS).body.decode()
         for line in (
             'eagle_target_requests_total{outcome="answered",status="200"} 1.0',
             'eagle_target_requests_total{outcome="malformed-body",status="400"} 1.0',
@@ -465,7 +465,7 @@ def test_a_full_queue_is_a_problem_with_a_time_to_come_back() -> None:
         wait_until(lambda: server.engine.waiting)
         answer = supervise(server.url, good_body())
         assert_problem(answer, 503, "queue-full", "1 requests wait, the queue holds 1", retry_after="1")
-        assert_problem(ask(server.url, "GET", protocol.INPUT_EMBEDDINGS), 503, "queue-full", "wait", retry_after="1")
+        assert_problem(ask(server.url, "GET", messages.INPUT_EMBEDDINGS), 503, "queue-full", "wait", retry_after="1")
         runner.gate.set()
         assert (running.result(30).status, queued.result(30).status) == (200, 200)
         assert supervise(server.url, good_body()).status == 200
@@ -489,7 +489,7 @@ def test_an_error_nobody_foresaw_is_told_without_details(caplog: pytest.LogCaptu
             raise KeyError("a secret")
 
     with loopback_server(Broken) as server:
-        answer = ask(server.url, "GET", protocol.INPUT_EMBEDDINGS)
+        answer = ask(server.url, "GET", messages.INPUT_EMBEDDINGS)
         assert_problem(answer, 500, "internal", "its log says why")
         assert b"secret" not in answer.body
         assert "a secret" in caplog.text
@@ -516,15 +516,15 @@ def test_everything_but_health_and_metrics_waits_for_the_target() -> None:
         return TestRunner()
 
     with started(load) as server:
-        body = b"".join(protocol.encode_mapping(mapping_of()))
+        body = b"".join(messages.encode_mapping(mapping_of()))
         logits = b"".join(encode_tensors({"input_ids": ids(1, 2), "seq_lens": ids(2)}, {"encoding": "logits"}))
         requests: list[tuple[str, str, bytes | None]] = [
             ("GET", "/ready", None),
-            ("GET", protocol.TARGET, None),
-            ("GET", protocol.INPUT_EMBEDDINGS, None),
-            ("POST", protocol.LM_HEAD, body_with(token_ids=ids(1))),
-            ("PUT", f"{protocol.VOCAB_MAPPINGS}/{mapping_of().sha256}", body),
-            ("POST", protocol.SUPERVISION, logits),
+            ("GET", messages.TARGET, None),
+            ("GET", messages.INPUT_EMBEDDINGS, None),
+            ("POST", messages.LM_HEAD, body_with(token_ids=ids(1))),
+            ("PUT", f"{messages.VOCAB_MAPPINGS}/{mapping_of().sha256}", body),
+            ("POST", messages.SUPERVISION, logits),
         ]
         for method, path, content in requests:
             answer = ask(server.url, method, path, content)
@@ -541,7 +541,7 @@ def test_a_target_that_could_not_be_loaded_is_told() -> None:
 
     with started(load) as server:
         wait_until(lambda: server.engine.state == "failed")
-        for path in ("/ready", protocol.TARGET):
+        for path in ("/ready", messages.TARGET):
             answer = ask(server.url, "GET", path)
             assert_problem(answer, 503, "failed", "the server is failed: no such checkpoint", retry_after="1")
         assert ask(server.url, "GET", "/health").status == 200

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from eagle_target.contract.vocab_mapping import VocabMapping
 from eagle_target.testing.server import loopback_server
 from eagle_target.testing.tiny import EmbeddingRunner
-from eagle_target.vocabulary import VocabMapping
 from tests.server.cases import TestRunner, assert_same_tensors, engine, expected_of, held, mapping_of, request_of
 from tests.server.http import ask, body_of, put_mapping
 
 if TYPE_CHECKING:
-    from eagle_target.supervision import SupervisionRequest
+    from eagle_target.contract.request import SupervisionRequest
 
 LARGE = 1 << 30
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from eagle_target import protocol
 from eagle_target.client.remote import RemoteEagle3TargetModel
-from eagle_target.supervision import SupervisionRequest
+from eagle_target.contract.request import SupervisionRequest
+from eagle_target.protocol.messages import messages
 from eagle_target.testing.server import loopback_server
 from eagle_target.testing.tiny import EmbeddingRunner
 from tests.client.batches import assert_same_batch, expected_batch, rows_of
@@ -36,14 +36,14 @@ def large_request() -> SupervisionRequest:
 def send_request(connection: socket.socket, request: SupervisionRequest, client: str) -> None:
     body = body_of(request)
     head = (
-        f"POST {protocol.SUPERVISION} HTTP/1.1\r\nHost: test\r\nContent-Length: {len(body)}\r\n"
-        f"{protocol.CLIENT}: {client}\r\n\r\n"
+        f"POST {messages.SUPERVISION} HTTP/1.1\r\nHost: test\r\nContent-Length: {len(body)}\r\n"
+        f"{messages.CLIENT}: {client}\r\n\r\n"
     )
     connection.sendall(head.encode() + body)
 
 
 def metric(url: str, name: str) -> float:
-    lines = ask(url, "GET", protocol.METRICS).body.decode().splitlines()
+    lines = ask(url, "GET", messages.METRICS).body.decode().splitlines()
     return float(next(line.split()[-1] for line in lines if line.startswith(f"{name} ")))
 
 
@@ -66,7 +66,7 @@ def test_a_client_that_stops_reading_holds_its_own_room_only() -> None:
         wait_until(lambda: server.engine.waiting == 1)
         body = body_of(large_request())
         for _ in range(4):
-            answer = ask(server.url, "POST", protocol.SUPERVISION, body, {protocol.CLIENT: "quick"})
+            answer = ask(server.url, "POST", messages.SUPERVISION, body, {messages.CLIENT: "quick"})
             assert (answer.status, len(answer.body) > ANSWER_BYTES) == (200, True)
         assert server.engine.waiting == 1
         # It is dropped, and its room comes back.
@@ -78,9 +78,9 @@ def test_a_client_that_stops_reading_holds_its_own_room_only() -> None:
 def test_an_answer_too_large_for_the_outbox_is_refused() -> None:
     with loopback_server(EmbeddingRunner, max_client_outbox_bytes=1000) as server:
         put_mapping(server.url, mapping_of())
-        answer = ask(server.url, "POST", protocol.SUPERVISION, body_of(request_of([60])))
+        answer = ask(server.url, "POST", messages.SUPERVISION, body_of(request_of([60])))
         assert_problem(answer, 413, "answer-too-large", r"keeps 1000 for a client: .* max_client_outbox_bytes")
-        assert ask(server.url, "POST", protocol.SUPERVISION, body_of(request_of([2]))).status == 200
+        assert ask(server.url, "POST", messages.SUPERVISION, body_of(request_of([2]))).status == 200
 
 
 def test_each_target_of_a_program_is_a_client_of_its_own(monkeypatch: Any) -> None:
@@ -98,7 +98,7 @@ def test_each_target_of_a_program_is_a_client_of_its_own(monkeypatch: Any) -> No
                 target.set_vocab_mapping(mapping_of())
                 for _ in range(2):
                     assert_same_batch(target.generate_batch(**rows_of()), expected_batch(rows_of()))
-        ask(server.url, "POST", protocol.SUPERVISION, body_of(request_of([2])))
+        ask(server.url, "POST", messages.SUPERVISION, body_of(request_of([2])))
     assert clients[0] == clients[1] != clients[2] == clients[3]
     assert clients[4] == "127.0.0.1"
 
@@ -123,7 +123,7 @@ def test_a_flood_over_http_leaves_another_its_turn() -> None:
 def test_all_of_a_requests_time_is_told() -> None:
     with loopback_server(EmbeddingRunner) as server:
         put_mapping(server.url, mapping_of())
-        answer = ask(server.url, "POST", protocol.SUPERVISION, body_of(request_of([30])))
+        answer = ask(server.url, "POST", messages.SUPERVISION, body_of(request_of([30])))
         assert answer.headers["server-timing"].count("dur=") == 3
         for stage in ("queue", "forward", "projection", "send"):
             name = f'eagle_target_stage_seconds_count{{stage="{stage}"}}'

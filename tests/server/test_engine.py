@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from eagle_target.errors import AdapterError, ContractError, Overloaded, Unavailable, VocabMappingError
-from eagle_target.server.engine import TargetModelServer
+from eagle_target.server.engine.server import TargetModelServer
 from eagle_target.testing.tiny import shuffled_mapping
 from tests.server.cases import (
     ENGINE_THREAD,
@@ -29,7 +29,7 @@ from tests.server.cases import (
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-    from eagle_target.runner import TargetRunner
+    from eagle_target.contract.runner import TargetRunner
 
 
 def test_requests_with_different_mappings_and_encodings_share_a_forward() -> None:

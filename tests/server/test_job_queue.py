@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from eagle_target.errors import Overloaded, Unavailable
-from eagle_target.server.job_queue import JobQueue
-from eagle_target.server.jobs import Call, Job, Part, cut_sequences, select_sequences
-from eagle_target.server.outbox import Outbox
+from eagle_target.server.engine.job import Call, Job, Part, cut_sequences, select_sequences
+from eagle_target.server.engine.outbox import Outbox
+from eagle_target.server.engine.scheduler import JobQueue
 from tests.server.cases import request_of
 
 if TYPE_CHECKING:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from eagle_target.answer_size import answer_bytes, aux_bytes, row_bytes
+from eagle_target.contract.request import answer_bytes, aux_bytes, row_bytes
+from eagle_target.contract.sinks import PackedTensors
 from eagle_target.errors import RequestTooLarge
-from eagle_target.rows import PackedTensors
-from eagle_target.server.outbox import Outbox, follow
+from eagle_target.server.engine.outbox import Outbox, follow
 from eagle_target.testing.tiny import EmbeddingRunner
 from tests.server.cases import expected_of, request_of
 

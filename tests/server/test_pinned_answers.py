@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from eagle_target.contract.sinks import PackedTensors
 from eagle_target.errors import AdapterError
-from eagle_target.rows import PackedTensors
-from eagle_target.server import answers
-from eagle_target.server.answers import Answer, HostMemory
-from eagle_target.server.stages import DeviceOrder
+from eagle_target.server.engine.answer import Answer, HostMemory
+from eagle_target.server.engine.server import answer
+from eagle_target.server.engine.stages import DeviceOrder
 from eagle_target.testing.tiny import EmbeddingRunner
 from tests.cuda_runtime import CUDA, Runtime
 from tests.server.cases import ENGINE_THREAD, engine, request_of
@@ -21,8 +21,8 @@ from tests.server.cases import ENGINE_THREAD, engine, request_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from eagle_target.rows import Sink
-    from eagle_target.supervision import SupervisionRequest
+    from eagle_target.contract.request import SupervisionRequest
+    from eagle_target.contract.sinks import Sink
 
 ROWS = 3 << 18
 
@@ -43,7 +43,7 @@ def test_answers_lie_in_pinned_memory_that_is_given_back(
     del first, stores
     memory.trim()
     assert runtime.registered == 144 << 20
-    monkeypatch.setattr(answers, "IDLE_SECONDS", 0.0)
+    monkeypatch.setattr(answer, "IDLE_SECONDS", 0.0)
     memory.trim()
     assert runtime.registered == 72 << 20
     memory.close()

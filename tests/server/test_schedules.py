@@ -25,9 +25,9 @@ from tests.server.cases import (
 if TYPE_CHECKING:
     import torch
 
-    from eagle_target.server.engine import TargetModelServer
-    from eagle_target.server.jobs import Supervised
-    from eagle_target.supervision import SupervisionRequest
+    from eagle_target.contract.request import SupervisionRequest
+    from eagle_target.server.engine.job import Supervised
+    from eagle_target.server.engine.server import TargetModelServer
 
 REQUESTS = 120
 

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from eagle_target import protocol
 from eagle_target.config import ServerConfig
 from eagle_target.errors import AdapterError, ConfigError, PluginError
-from eagle_target.server.serve import HttpServer
+from eagle_target.protocol.messages import messages
+from eagle_target.server.run import HttpServer
 from tests.faults.processes import faulty_server
 from tests.server.cases import (
     PATIENCE_SECONDS,
@@ -34,14 +34,14 @@ from tests.server.http import ask, assert_problem, body_of, put_mapping
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from eagle_target.runner import TargetRunner
+    from eagle_target.contract.runner import TargetRunner
     from tests.server.http import Answer
 
 SLOW_LOAD = """
 import sys, time
 from pathlib import Path
 from eagle_target.config import ServerConfig
-from eagle_target.server.serve import HttpServer
+from eagle_target.server.run import HttpServer
 from eagle_target.testing.tiny import EmbeddingRunner
 
 def load():
@@ -54,11 +54,11 @@ HttpServer(ServerConfig(model="slow", port=0, port_file=sys.argv[1]), load).run(
 
 
 def supervise(url: str) -> Answer:
-    return ask(url, "POST", protocol.SUPERVISION, body_of(request_of([4])))
+    return ask(url, "POST", messages.SUPERVISION, body_of(request_of([4])))
 
 
 def running_and_waiting(url: str) -> tuple[float, float]:
-    text = ask(url, "GET", protocol.METRICS).body.decode()
+    text = ask(url, "GET", messages.METRICS).body.decode()
     running, waiting = (
         re.search(rf"^eagle_target_{name}_requests (\S+)$", text, re.MULTILINE) for name in ("engine", "queue")
     )

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from eagle_target.contract.runner import TargetForward
+from eagle_target.contract.sinks import PackedTensors
 from eagle_target.errors import AdapterError, Unavailable
-from eagle_target.rows import PackedTensors
-from eagle_target.runner import TargetForward
-from eagle_target.server.answers import Answer, HostMemory
-from eagle_target.server.engine import TargetModelServer
-from eagle_target.server.stages import DeviceOrder
+from eagle_target.server.engine.answer import Answer, HostMemory
+from eagle_target.server.engine.server import TargetModelServer
+from eagle_target.server.engine.stages import DeviceOrder
 from eagle_target.testing.tiny import EmbeddingRunner
 from tests.server.cases import (
     HeadRunner,
@@ -30,8 +30,8 @@ from tests.server.cases import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from eagle_target.rows import Sink
-    from eagle_target.supervision import SupervisionRequest
+    from eagle_target.contract.request import SupervisionRequest
+    from eagle_target.contract.sinks import Sink
 
 PROJECTION_THREAD = "eagle-target-projection"
 

@@ -9,7 +9,7 @@ import torch
 from eagle_target_nccl import interfaces
 from eagle_target_nccl.transport import NcclTransport
 
-from eagle_target.options import build_model
+from eagle_target.plugins.options import build_model
 from eagle_target.testing.transport_harness import ChannelPair, MemoryControl
 from eagle_target.testing.transport_suite import TransportSuite
 from eagle_target.testing.transports import (
@@ -21,7 +21,7 @@ from eagle_target.testing.transports import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from eagle_target.transports import ServerEndpoint
+    from eagle_target.plugins.transport import ServerEndpoint
 
 
 class TestNcclTransport(TransportConformance):

@@ -18,6 +18,7 @@ from eagle_target_nccl.layout import Staging, cut_bytes, group_sizes
 from eagle_target_nccl.transport import NcclTransport
 
 from eagle_target.client.remote import RemoteEagle3TargetModel
+from eagle_target.contract.sinks import PackedTensors
 from eagle_target.errors import (
     ConnectError,
     Overloaded,
@@ -26,8 +27,7 @@ from eagle_target.errors import (
     TransportError,
     TransportRefused,
 )
-from eagle_target.options import build_model
-from eagle_target.rows import PackedTensors
+from eagle_target.plugins.options import build_model
 from eagle_target.seals import KEY_BYTES
 from eagle_target.testing.server import loopback_server
 from eagle_target.testing.transport_harness import ChannelPair, MemoryBody, MemoryControl, assert_same_bits
@@ -37,7 +37,7 @@ from tests.server.cases import PATIENCE_SECONDS, mapping_of, wait_until
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from eagle_target.transports import ServerEndpoint
+    from eagle_target.plugins.transport import ServerEndpoint
 
 SENDERS = "eagle-target-nccl"
 # An address of documentation (RFC 5737), which no machine has.

@@ -19,14 +19,14 @@ from eagle_target_nccl.transport import NcclTransport
 from torch import distributed
 
 from eagle_target.errors import ConnectError, TransportError
-from eagle_target.options import build_model
+from eagle_target.plugins.options import build_model
 from eagle_target.seals import KEY_BYTES
 from eagle_target.testing.transport_harness import ChannelPair, MemoryControl, assert_same_bits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from eagle_target.transports import ServerEndpoint
+    from eagle_target.plugins.transport import ServerEndpoint
 
 Channel = tuple[bytes, int]
 POLL_SECONDS = 0.05

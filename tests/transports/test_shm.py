@@ -21,8 +21,8 @@ from eagle_target_shm.server import ShmServerChannel, ShmServerEndpoint
 from eagle_target_shm.tickets import CONTENT_TYPE
 from eagle_target_shm.transport import ShmOptions, ShmTransport
 
+from eagle_target.contract.sinks import PackedTensors
 from eagle_target.errors import ConnectError, ProtocolError, RequestTooLarge, TransferTimeout
-from eagle_target.rows import PackedTensors
 from eagle_target.seals import KEY_BYTES
 from eagle_target.testing.transport_harness import ChannelPair, MemoryBody, assert_same_bits
 from eagle_target.testing.transports import TransportConformance

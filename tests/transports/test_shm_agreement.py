@@ -49,7 +49,7 @@ def test_a_server_on_another_host_is_an_error_that_says_so(elsewhere: str) -> No
 def test_a_list_is_stepped_down_once(
     elsewhere: str, caplog: pytest.LogCaptureFixture, transport: str, level: int
 ) -> None:
-    caplog.set_level(logging.INFO, "eagle_target.client.agreement")
+    caplog.set_level(logging.INFO, "eagle_target.client.session")
     with RemoteEagle3TargetModel.from_urls([elsewhere], transport=transport, encoding="probs") as target:
         target.set_vocab_mapping(mapping_of())
         for seed in range(3):

@@ -8,17 +8,17 @@ import pytest
 import torch
 from eagle_target_wire.transport import WireClientChannel, WireServerChannel, WireServerEndpoint, WireTransport
 
+from eagle_target.contract.sinks import PackedTensors
 from eagle_target.errors import ConnectError
-from eagle_target.rows import PackedTensors
+from eagle_target.plugins.transport import Reply
 from eagle_target.testing.transport_harness import ChannelPair, MemoryBody, random_tensor, scattered_positions
 from eagle_target.testing.transports import TransportConformance
-from eagle_target.transports import Reply
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from eagle_target.rows import Sink
-    from eagle_target.transports import IncomingBody, ServerChannel
+    from eagle_target.contract.sinks import Sink
+    from eagle_target.plugins.transport import IncomingBody, ServerChannel
 
 
 class Suite(TransportConformance):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from eagle_target.errors import ConfigError
-from eagle_target.token_counts import count_tokens
+from eagle_target.vocab.token_counts import count_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -121,7 +121,7 @@ def test_parquet_chats_and_texts(tmp_path: Path, bpe: Tokenizer, tokenizer_folde
 
 
 def test_data_of_many_batches_is_counted_in_full(write_jsonl: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eagle_target.token_counts._BATCH_RECORDS", 7)
+    monkeypatch.setattr("eagle_target.vocab.token_counts._BATCH_RECORDS", 7)
     path = write_jsonl({"input_ids": [i % 10] * (i % 3)} for i in range(500))
     want = expected((i % 10 for i in range(500) for _ in range(i % 3)), 10)
     assert count_tokens(path, vocab_size=10).tolist() == want
@@ -129,7 +129,7 @@ def test_data_of_many_batches_is_counted_in_full(write_jsonl: Write, monkeypatch
 
 @pytest.mark.parametrize("name", ["data.jsonl", "data.jsonl.gz"])
 def test_progress_rises_to_the_whole(write_jsonl: Write, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr("eagle_target.token_counts._BATCH_RECORDS", 10)
+    monkeypatch.setattr("eagle_target.vocab.token_counts._BATCH_RECORDS", 10)
     path = write_jsonl([{"input_ids": [1, 2]}] * 35, name)
     seen: list[tuple[int, int, int]] = []
     count_tokens(path, vocab_size=3, progress=lambda *state: seen.append(state))
@@ -237,7 +237,7 @@ def test_a_truncated_gzip_is_named(write_jsonl: Write) -> None:
 
 
 def test_an_endless_line_is_not_read_whole(write_jsonl: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eagle_target.record_files.MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr("eagle_target.vocab.record_files.MAX_LINE_BYTES", 1 << 20)
     with pytest.raises(ConfigError, match=r"data\.jsonl:1: a line of more than 1 MiB"):
         count_tokens(write_jsonl(["x" * (2 << 20)]), vocab_size=5)
 

@@ -12,9 +12,9 @@ from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
 from eagle_target.cli.vocab import vocab
+from eagle_target.contract.vocab_mapping import VocabMapping
 from eagle_target.errors import ConfigError, EagleTargetError, VocabMappingError
-from eagle_target.token_counts import count_tokens
-from eagle_target.vocabulary import VocabMapping
+from eagle_target.vocab.token_counts import count_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable

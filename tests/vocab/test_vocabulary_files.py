@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from eagle_target.contract.vocab_mapping import VocabMapping
 from eagle_target.errors import VocabMappingError
-from eagle_target.vocabulary import VocabMapping
-from eagle_target.vocabulary_files import SHA256_KEY
+from eagle_target.vocab.mapping_files import SHA256_KEY
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from eagle_target.hookspecs import hookimpl
+from eagle_target.plugins.hookspecs import hookimpl
 from eagle_target_hf.adapter import HFAdapter
 from eagle_target_hf.options import HFOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from eagle_target.adapters import Adapter
+    from eagle_target.plugins.adapter import Adapter
     from eagle_target_hf.model import HFEagle3TargetModel
     from eagle_target_hf.runner import HFTargetRunner
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, ClassVar
 
-from eagle_target.adapters import Adapter
 from eagle_target.errors import ConfigError
+from eagle_target.plugins.adapter import Adapter
 from eagle_target_hf.options import HFOptions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from eagle_target.options import PluginOptions
+    from eagle_target.plugins.options import PluginOptions
     from eagle_target_hf.runner import HFTargetRunner
 
 

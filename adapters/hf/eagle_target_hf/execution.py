@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from eagle_target.runner import TargetForward
+from eagle_target.contract.runner import TargetForward
 from eagle_target_hf.capture import capture_outputs, copy_spans
 
 if TYPE_CHECKING:

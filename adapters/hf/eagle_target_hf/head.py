@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from eagle_target.runner import DraftHead
+from eagle_target.contract.runner import DraftHead
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,12 +11,7 @@ import torch
 import transformers
 
 from eagle_target.checkpoints.files import find_folder, list_names
-from eagle_target.checkpoints.loading import (
-    auto_class,
-    load_report,
-    require_known_quantisation,
-    stored_weights,
-)
+from eagle_target.checkpoints.loading import auto_class, load_report, require_known_quantisation, stored_weights
 from eagle_target.checkpoints.report import LoadReport, refusal, require_whole
 from eagle_target.devices import resolve_device
 from eagle_target.errors import AdapterError

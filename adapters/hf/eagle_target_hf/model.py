@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from eagle_target.colocated import RunnerEagle3TargetModel
-from eagle_target.options import build_model
+from eagle_target.plugins.options import build_model
 from eagle_target_hf.adapter import HFAdapter
 from eagle_target_hf.options import DEFAULT_MAX_BATCH_TOKENS, HFOptions
 from eagle_target_hf.runner import HFTargetRunner
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from eagle_target.projection import Encoding, RowPolicy
+    from eagle_target.contract.request import Encoding, RowPolicy
 
 
 class HFEagle3TargetModel(RunnerEagle3TargetModel):

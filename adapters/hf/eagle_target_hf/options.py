@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from eagle_target.options import PluginOptions
+from eagle_target.plugins.options import PluginOptions
 
 DEFAULT_MAX_BATCH_TOKENS = 16384
 

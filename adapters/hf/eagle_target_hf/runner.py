@@ -6,9 +6,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from eagle_target.checkpoints.digest import module_digest
+from eagle_target.contract.target import TargetInfo, validate_aux_layer_ids
 from eagle_target.errors import AdapterError
-from eagle_target.info import TargetInfo
-from eagle_target.layers import validate_aux_layer_ids
 from eagle_target_hf.architecture import find_architecture
 from eagle_target_hf.batching import plan_batches
 from eagle_target_hf.execution import run_batches
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from eagle_target.runner import DraftHead, TargetForward
+    from eagle_target.contract.runner import DraftHead, TargetForward
 
 
 class HFTargetRunner:

@@ -14,7 +14,7 @@ from eagle_target.errors import AdapterError, ContractError
 from . import tiny
 
 if TYPE_CHECKING:
-    from eagle_target.projection import Encoding
+    from eagle_target.contract.request import Encoding
 
 AUX = (0, 2, 3)
 SEQ = 12

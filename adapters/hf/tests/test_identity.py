@@ -22,8 +22,8 @@ from . import tiny
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from eagle_target.batch import Eagle3TargetBatch
-    from eagle_target.runner import TargetForward
+    from eagle_target.contract.batch import Eagle3TargetBatch
+    from eagle_target.contract.runner import TargetForward
 
 VOCAB = 211
 IDS = torch.arange(3, 36)[None]

@@ -11,7 +11,7 @@ import transformers
 from eagle_target_hf import HFAdapter, HFEagle3TargetModel, HFOptions
 
 from eagle_target.errors import AdapterError, ConfigError
-from eagle_target.options import build_model
+from eagle_target.plugins.options import build_model
 
 from . import tiny
 

@@ -11,12 +11,12 @@ import pluggy
 import pytest
 from eagle_target_hf import HFAdapter
 
-from eagle_target import hookspecs
 from eagle_target.errors import ConfigError
-from eagle_target.options import PluginOptions
+from eagle_target.plugins.options import PluginOptions
+from eagle_target.plugins.registry import hookspecs
 
 if TYPE_CHECKING:
-    from eagle_target.adapters import Adapter
+    from eagle_target.plugins.adapter import Adapter
 
 CHECK = """
 import sys, eagle_target_hf

@@ -13,8 +13,8 @@ import torch
 import transformers
 from eagle_target_hf import HFTargetRunner
 
+from eagle_target.contract.runner import ConcurrentHeadRunner, PaddingRunner, TargetForward, TargetRunner
 from eagle_target.errors import AdapterError, ContractError
-from eagle_target.runner import ConcurrentHeadRunner, PaddingRunner, TargetForward, TargetRunner
 
 from . import tiny
 

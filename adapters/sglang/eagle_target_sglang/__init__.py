@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from eagle_target.hookspecs import hookimpl
+from eagle_target.plugins.hookspecs import hookimpl
 from eagle_target_sglang.adapter import SGLangAdapter
 from eagle_target_sglang.options import SGLangOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from eagle_target.adapters import Adapter
+    from eagle_target.plugins.adapter import Adapter
     from eagle_target_sglang.model import SGLangEagle3TargetModel
     from eagle_target_sglang.runner import SGLangTargetRunner
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from eagle_target.adapters import Adapter
 from eagle_target.errors import ConfigError
+from eagle_target.plugins.adapter import Adapter
 from eagle_target_sglang.options import SGLangOptions
 from eagle_target_sglang.versions import installed_version
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from eagle_target.options import PluginOptions
-    from eagle_target.runner import TargetRunner
+    from eagle_target.contract.runner import TargetRunner
+    from eagle_target.plugins.options import PluginOptions
 
 # Formats of transformers' own files.
 _CHECKED_FORMATS = (None, "auto", "safetensors", "pt")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from eagle_target import engine_failures
+from eagle_target.plugins.registry import engine_errors
 from eagle_target_sglang.versions import engine_versions
 
 if TYPE_CHECKING:
@@ -18,12 +18,12 @@ MEMORY_REMEDY = "lower max_total_tokens, which sizes the KV pool and a forward, 
 
 @contextmanager
 def engine_call(what: str, device: torch.device) -> Iterator[None]:
-    """Run the engine; see `engine_failures.engine_call`.
+    """Run the engine; see `engine_errors.engine_call`.
 
     Raises:
         AdapterError: the engine failed, with its message and versions kept; out of memory names what to lower.
     """
-    with engine_failures.engine_call(
+    with engine_errors.engine_call(
         what, engine=engine_versions, memory_remedy=lambda _message: MEMORY_REMEDY, device=device
     ):
         yield

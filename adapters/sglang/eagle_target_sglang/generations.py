@@ -11,7 +11,7 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 from eagle_target.errors import AdapterError, ConfigError
-from eagle_target.options import nearest_name
+from eagle_target.plugins.options import nearest_name
 from eagle_target_sglang.versions import installed_version
 
 if TYPE_CHECKING:

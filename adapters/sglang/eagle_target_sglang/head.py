@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from eagle_target.contract.runner import DraftHead
 from eagle_target.errors import AdapterError
-from eagle_target.runner import DraftHead
 from eagle_target_sglang import generations
 
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16)

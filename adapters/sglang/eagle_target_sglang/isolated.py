@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from eagle_target.contract.runner import DraftHead, TargetForward
+from eagle_target.contract.target import TargetInfo, validate_aux_layer_ids
 from eagle_target.errors import AdapterError
-from eagle_target.info import TargetInfo
-from eagle_target.layers import validate_aux_layer_ids
-from eagle_target.runner import DraftHead, TargetForward
 from eagle_target_sglang.batching import PoolLimits
 from eagle_target_sglang.loading import free_port
 from eagle_target_sglang.ranks import RankGroup
@@ -17,8 +16,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from eagle_target.rows import Sink
-    from eagle_target.supervision import SupervisionRequest
+    from eagle_target.contract.request import SupervisionRequest
+    from eagle_target.contract.sinks import Sink
     from eagle_target_sglang.options import SGLangOptions
 
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from eagle_target.contract.sinks import RowStore
 from eagle_target.errors import ProtocolError
-from eagle_target.rows import RowStore
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

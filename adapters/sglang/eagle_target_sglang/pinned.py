@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from eagle_target.pinned import PinnedPool
+from eagle_target.memory import PinnedPool
 
 BUFFER_BYTES = 16 << 20
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from eagle_target.compute.supervise import check_forward, split_forward, store_supervision
+from eagle_target.contract.request import SupervisionRequest
+from eagle_target.contract.sinks import RowStore
+from eagle_target.contract.vocab_mapping import VocabMapping
 from eagle_target.errors import AdapterError
-from eagle_target.rows import RowStore
-from eagle_target.supervision import SupervisionRequest, check_forward, split_forward, store_supervision
-from eagle_target.vocabulary import VocabMapping
 from eagle_target_sglang.loading import load_in_process
 from eagle_target_sglang.messages import SharedTensors, share
 from eagle_target_sglang.options import SGLangOptions
@@ -22,7 +23,7 @@ from eagle_target_sglang.pinned import PinnedCopier
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from eagle_target.rows import Sink
+    from eagle_target.contract.sinks import Sink
     from eagle_target_sglang.runner import SGLangTargetRunner
 
     Tensors = dict[str, torch.Tensor]

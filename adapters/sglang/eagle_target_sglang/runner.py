@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from eagle_target.checkpoints.digest import hub_commit
+from eagle_target.contract.runner import DraftHead, TargetForward
+from eagle_target.contract.target import TargetInfo, validate_aux_layer_ids
 from eagle_target.errors import AdapterError
-from eagle_target.info import TargetInfo
-from eagle_target.layers import validate_aux_layer_ids
-from eagle_target.runner import DraftHead, TargetForward
 from eagle_target_sglang import generations
 from eagle_target_sglang.batching import PoolLimits
 from eagle_target_sglang.capture import Capture, OfficialCapture

@@ -20,7 +20,7 @@ from .checkpoints import save_checkpoint
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from eagle_target.runner import TargetForward, TargetRunner
+    from eagle_target.contract.runner import TargetForward, TargetRunner
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine_sglang, pytest.mark.filterwarnings("default")]
 

@@ -12,8 +12,8 @@ import torch
 from eagle_target_sglang import SGLangAdapter, SGLangEagle3TargetModel, SGLangOptions
 from eagle_target_sglang.isolated import IsolatedTargetRunner
 
+from eagle_target.contract.runner import CapacityRunner
 from eagle_target.errors import AdapterError, ConfigError, ContractError
-from eagle_target.runner import CapacityRunner
 from eagle_target.testing.adapter_oracle import HFOracle, assert_near, padded_input
 
 from .checkpoints import LAYERS, save_checkpoint
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from eagle_target.runner import TargetForward, TargetRunner
+    from eagle_target.contract.runner import TargetForward, TargetRunner
 
 pytestmark = [pytest.mark.engine_sglang, pytest.mark.filterwarnings("default")]
 

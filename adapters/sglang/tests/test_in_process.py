@@ -14,7 +14,7 @@ from eagle_target.testing.adapters import AdapterParityConformance
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from eagle_target.runner import TargetRunner
+    from eagle_target.contract.runner import TargetRunner
     from eagle_target.testing.adapter_suite import LoadedTarget
 
 pytestmark = [pytest.mark.engine_sglang, pytest.mark.filterwarnings("default")]

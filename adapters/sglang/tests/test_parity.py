@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from eagle_target.runner import TargetForward, TargetRunner
+    from eagle_target.contract.runner import TargetForward, TargetRunner
 
 pytestmark = [pytest.mark.engine_sglang, pytest.mark.filterwarnings("default")]
 

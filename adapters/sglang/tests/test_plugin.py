@@ -11,7 +11,7 @@ import pytest
 from eagle_target_sglang import SGLangAdapter, SGLangOptions
 
 from eagle_target.errors import ConfigError
-from eagle_target.options import PluginOptions, build_model
+from eagle_target.plugins.options import PluginOptions, build_model
 
 CHECK = """
 import sys, eagle_target_sglang

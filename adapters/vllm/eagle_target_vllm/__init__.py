@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from eagle_target.hookspecs import hookimpl
+from eagle_target.plugins.hookspecs import hookimpl
 from eagle_target_vllm.adapter import VLLMAdapter
 from eagle_target_vllm.options import VLLMOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from eagle_target.adapters import Adapter
+    from eagle_target.plugins.adapter import Adapter
     from eagle_target_vllm.model import VLLMEagle3TargetModel
     from eagle_target_vllm.runner import VLLMTargetRunner
 

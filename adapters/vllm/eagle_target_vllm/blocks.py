@@ -8,7 +8,7 @@ import weakref
 from itertools import count
 from typing import TYPE_CHECKING
 
-from eagle_target.pinned import Registration
+from eagle_target.memory import Registration
 from eagle_target_vllm.memory import ALIGNMENT, SharedBlock
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from eagle_target import engine_failures
 from eagle_target.errors import AdapterError, EngineDead
+from eagle_target.plugins.registry import engine_errors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,13 +21,13 @@ _MEMORY_WORDS = ("kv cache", "available memory")
 
 @contextmanager
 def engine_call(what: str, version: str) -> Iterator[None]:
-    """Run the engine; see `engine_failures.engine_call`.
+    """Run the engine; see `engine_errors.engine_call`.
 
     Raises:
         AdapterError: the engine failed, with its message kept; out of memory names the options to change.
         EngineDead: its processes are gone.
     """
-    with engine_failures.engine_call(
+    with engine_errors.engine_call(
         what, engine=lambda: f"vLLM {version}", memory_remedy=_memory_remedy, memory_words=_MEMORY_WORDS
     ):
         try:

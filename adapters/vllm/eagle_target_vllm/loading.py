@@ -16,9 +16,9 @@ from vllm.v1.executor import Executor
 
 from eagle_target.checkpoints.digest import checkpoint_digest, digest_after_loading
 from eagle_target.checkpoints.loading import check_checkpoint
+from eagle_target.contract.target import validate_aux_layer_ids
 from eagle_target.errors import AdapterError, ConfigError
-from eagle_target.layers import validate_aux_layer_ids
-from eagle_target.options import nearest_name
+from eagle_target.plugins.options import nearest_name
 from eagle_target_vllm.connector import connector_arguments
 from eagle_target_vllm.executors import CONFIG_KEY, target_executor
 from eagle_target_vllm.failures import engine_call

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from eagle_target.rows import RowStore
+from eagle_target.contract.sinks import RowStore
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

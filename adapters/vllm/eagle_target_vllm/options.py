@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from eagle_target.options import PluginOptions
+from eagle_target.plugins.options import PluginOptions
 
 # What the adapter decides itself, and which option to use instead.
 RESERVED_ENGINE_ARGS = {

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from eagle_target.info import TargetInfo
-    from eagle_target.supervision import SupervisionRequest
+    from eagle_target.contract.request import SupervisionRequest
+    from eagle_target.contract.target import TargetInfo
     from eagle_target_vllm.memory import Layout, Slot
 
 

@@ -12,10 +12,9 @@ import torch
 import vllm
 
 from eagle_target.checkpoints.digest import hub_commit
+from eagle_target.contract.runner import DraftHead, TargetForward
+from eagle_target.contract.target import TargetInfo, validate_aux_layer_ids
 from eagle_target.errors import AdapterError, EngineDead
-from eagle_target.info import TargetInfo
-from eagle_target.layers import validate_aux_layer_ids
-from eagle_target.runner import DraftHead, TargetForward
 from eagle_target_vllm.blocks import BlockPool
 from eagle_target_vllm.connector import state_ids
 from eagle_target_vllm.failures import engine_call, is_dead
@@ -30,9 +29,9 @@ if TYPE_CHECKING:
 
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    from eagle_target.rows import Sink
-    from eagle_target.supervision import SupervisionRequest
-    from eagle_target.vocabulary import VocabMapping
+    from eagle_target.contract.request import SupervisionRequest
+    from eagle_target.contract.sinks import Sink
+    from eagle_target.contract.vocab_mapping import VocabMapping
     from eagle_target_vllm.blocks import Lease
     from eagle_target_vllm.loading import LoadedEngine
     from eagle_target_vllm.memory import Address

@@ -14,8 +14,8 @@ from vllm import __version__ as vllm_version
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-from eagle_target.projection import project_full, tile_rows
-from eagle_target.vocabulary import VocabMapping
+from eagle_target.compute.projection import project_full, tile_rows
+from eagle_target.contract.vocab_mapping import VocabMapping
 from eagle_target_vllm.blocks import OpenBlocks
 from eagle_target_vllm.capture import CapturedSequence, ForwardCapture, StepObserver
 from eagle_target_vllm.compatibility import find_obstacle
@@ -25,7 +25,7 @@ from eagle_target_vllm.weights import find_embedding, find_final_norm, find_head
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from eagle_target.rows import Sink
+    from eagle_target.contract.sinks import Sink
     from eagle_target_vllm.memory import Address, PlainSlot
 
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from eagle_target.runner import TargetRunner
-    from eagle_target.vocabulary import VocabMapping
+    from eagle_target.contract.runner import TargetRunner
+    from eagle_target.contract.vocab_mapping import VocabMapping
 
 LENGTHS = (1, 2, 33, 700, 5, 128, 257)
 

@@ -11,7 +11,7 @@ import torch
 from eagle_target_vllm import VLLMAdapter, VLLMOptions
 
 from eagle_target.errors import AdapterError, ConfigError
-from eagle_target.options import build_model
+from eagle_target.plugins.options import build_model
 
 from .models import save_model
 

@@ -12,7 +12,7 @@ from eagle_target_vllm.connector import NUM_STATES, state_ids
 from eagle_target_vllm.memory import BlockSink, Layout, SharedBlock, Slot
 
 from eagle_target.errors import ConfigError
-from eagle_target.options import PluginOptions
+from eagle_target.plugins.options import PluginOptions
 
 
 def test_every_public_name_is_there() -> None:

@@ -11,8 +11,8 @@ import torch
 from eagle_target_vllm import VLLMAdapter, VLLMOptions
 
 from eagle_target.colocated import RunnerEagle3TargetModel
+from eagle_target.contract.runner import CapacityRunner, WatchedRunner
 from eagle_target.errors import EngineDead
-from eagle_target.runner import CapacityRunner, WatchedRunner
 from eagle_target.testing.adapter_oracle import HFOracle, check_batch, padded_input
 from eagle_target.testing.tiny import shuffled_mapping
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from eagle_target.runner import TargetRunner
+    from eagle_target.contract.runner import TargetRunner
 
 AUX = (0, 3, 7)
 ODD_VOCAB = 2011

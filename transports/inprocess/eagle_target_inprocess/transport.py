@@ -10,16 +10,16 @@ import threading
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from eagle_target.errors import ConnectError, ProtocolError
-from eagle_target.transports import ClientChannel, Reply, ServerChannel, ServerEndpoint, Transport
+from eagle_target.plugins.transport import ClientChannel, Reply, ServerChannel, ServerEndpoint, Transport
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import torch
 
-    from eagle_target.options import PluginOptions
-    from eagle_target.rows import Sink
-    from eagle_target.transports import ControlPlane, IncomingBody
+    from eagle_target.contract.sinks import Sink
+    from eagle_target.plugins.options import PluginOptions
+    from eagle_target.plugins.transport import ControlPlane, IncomingBody
 
     Parcel = tuple[Mapping[str, torch.Tensor], dict[str, str]]
 

@@ -14,8 +14,8 @@ import torch
 
 from eagle_target.devices import is_numbered
 from eagle_target.errors import ConnectError, EagleTargetError, ProtocolError, TransferTimeout, TransportError
+from eagle_target.plugins.transport import ClientChannel
 from eagle_target.seals import KEY_BYTES
-from eagle_target.transports import ClientChannel
 from eagle_target_nccl import interfaces
 from eagle_target_nccl.endpoint import backends, device_identity
 from eagle_target_nccl.gate import NAME_BYTES
@@ -33,8 +33,8 @@ from eagle_target_nccl.proofs import Seals, Transfer
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from eagle_target.rows import Sink
-    from eagle_target.transports import ControlPlane, IncomingBody
+    from eagle_target.contract.sinks import Sink
+    from eagle_target.plugins.transport import ControlPlane, IncomingBody
     from eagle_target_nccl.groups import PairGroup
     from eagle_target_nccl.layout import Ticket
     from eagle_target_nccl.proofs import Digest

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from eagle_target.rows import PackedTensors, RowStore
+from eagle_target.contract.sinks import PackedTensors, RowStore
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

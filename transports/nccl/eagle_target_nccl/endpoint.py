@@ -12,7 +12,7 @@ from torch import distributed
 
 from eagle_target.devices import is_numbered
 from eagle_target.errors import ConnectError
-from eagle_target.transports import ServerChannel, ServerEndpoint
+from eagle_target.plugins.transport import ServerChannel, ServerEndpoint
 from eagle_target_nccl import interfaces
 from eagle_target_nccl.gate import Gate
 from eagle_target_nccl.meetings import NcclMeeting, TcpMeeting

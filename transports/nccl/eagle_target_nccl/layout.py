@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from eagle_target.errors import ProtocolError
-from eagle_target.tensor_format import DTYPE_NAMES, METADATA, decode_header
+from eagle_target.protocol.tensors import DTYPE_NAMES, METADATA, decode_header
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from eagle_target.tensor_format import Header
+    from eagle_target.protocol.tensors import Header
 
 CONTENT_TYPE = "application/vnd.eagle-target.nccl+json"
 MAX_TICKET_BYTES = 2 << 20

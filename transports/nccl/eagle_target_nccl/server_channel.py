@@ -11,10 +11,10 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from eagle_target.contract.sinks import PackedTensors
 from eagle_target.devices import use_device
 from eagle_target.errors import TransportError
-from eagle_target.rows import PackedTensors
-from eagle_target.transports import Reply, ServerChannel
+from eagle_target.plugins.transport import Reply, ServerChannel
 from eagle_target_nccl.device_tensors import DeviceTensors
 from eagle_target_nccl.layout import (
     CONTENT_TYPE,

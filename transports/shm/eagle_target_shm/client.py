@@ -12,7 +12,7 @@ import torch
 
 from eagle_target.devices import is_numbered
 from eagle_target.errors import ConnectError, ProtocolError, TransferTimeout
-from eagle_target.transports import ClientChannel
+from eagle_target.plugins.transport import ClientChannel
 from eagle_target_shm.arena import MAX_LOANS
 from eagle_target_shm.cuda import DeviceSegment, current_streams, find_device, map_segment, settle, wait_for
 from eagle_target_shm.doorway import Invitation, enter, is_over, say
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Mapping
 
-    from eagle_target.rows import Sink
-    from eagle_target.transports import ControlPlane, IncomingBody
+    from eagle_target.contract.sinks import Sink
+    from eagle_target.plugins.transport import ControlPlane, IncomingBody
     from eagle_target_shm.tickets import Place, Ticket
 
 

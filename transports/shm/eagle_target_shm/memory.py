@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from eagle_target.contract.sinks import PackedTensors, RowStore
 from eagle_target.errors import RequestTooLarge
-from eagle_target.rows import PackedTensors, RowStore
 from eagle_target_shm.cuda import DeviceSegment
 from eagle_target_shm.extents import padded
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from eagle_target.errors import ConnectError, ProtocolError, TransferTimeout
-from eagle_target.transports import Reply, ServerChannel, ServerEndpoint
+from eagle_target.plugins.transport import Reply, ServerChannel, ServerEndpoint
 from eagle_target_shm.arena import Arena
 from eagle_target_shm.cuda import DeviceSegment, SegmentPool, device_name, mark
 from eagle_target_shm.doorway import MESSAGE_BYTES, Doorway, hand_over
@@ -25,7 +25,7 @@ from eagle_target_shm.tickets import CONTENT_TYPE, CUDA, FIRST_CUDA_NUMBER, HOST
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from eagle_target.rows import PackedTensors
+    from eagle_target.contract.sinks import PackedTensors
     from eagle_target_shm.arena import Loan
     from eagle_target_shm.doorway import Invitation
     from eagle_target_shm.transport import ShmOptions

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from eagle_target.errors import ProtocolError
-from eagle_target.tensor_format import DTYPE_NAMES, DTYPES, MAX_DIMENSIONS
+from eagle_target.protocol.tensors import DTYPE_NAMES, DTYPES, MAX_DIMENSIONS
 from eagle_target_shm.arena import MAX_LOANS
 from eagle_target_shm.segment import HEAD_BYTES
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from eagle_target.transports import IncomingBody
+    from eagle_target.plugins.transport import IncomingBody
 
 CONTENT_TYPE = "application/vnd.eagle-target.shm+json"
 MAX_BODY_BYTES = 1 << 20

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from eagle_target.options import PluginOptions
-from eagle_target.transports import ClientChannel, ServerEndpoint, Transport
+from eagle_target.plugins.options import PluginOptions
+from eagle_target.plugins.transport import ClientChannel, ServerEndpoint, Transport
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from eagle_target.transports import ControlPlane
+    from eagle_target.plugins.transport import ControlPlane
 
 
 class ShmOptions(PluginOptions):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from eagle_target.hookspecs import hookimpl
+from eagle_target.plugins.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from eagle_target.transports import Transport
+    from eagle_target.plugins.transport import Transport
 
 
 @hookimpl

@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from eagle_target.errors import ConnectError, ProtocolError
-from eagle_target.transports import ClientChannel, Reply, ServerChannel, ServerEndpoint, Transport
+from eagle_target.plugins.transport import ClientChannel, Reply, ServerChannel, ServerEndpoint, Transport
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import torch
 
-    from eagle_target.options import PluginOptions
-    from eagle_target.rows import Sink
-    from eagle_target.transports import ControlPlane, IncomingBody
+    from eagle_target.contract.sinks import Sink
+    from eagle_target.plugins.options import PluginOptions
+    from eagle_target.plugins.transport import ControlPlane, IncomingBody
 
 CONTENT_TYPE = "application/vnd.safetensors"
 
@@ -63,7 +63,7 @@ class WireServerChannel(ServerChannel):
         metadata: Mapping[str, str],
     ) -> Reply:
         """Return the whole transfer as a body."""
-        from eagle_target.tensor_format import encode_tensors
+        from eagle_target.protocol.tensors import encode_tensors
 
         return Reply(CONTENT_TYPE, encode_tensors(tensors, metadata))
 
@@ -76,7 +76,7 @@ class WireClientChannel(ClientChannel):
 
     def receive(self, body: IncomingBody, sink: Sink) -> dict[str, str]:
         """Read one body; its sizes are checked against its length before memory is taken."""
-        from eagle_target.tensor_format import PREFIX_BYTES, decode_header, header_length, writable_bytes
+        from eagle_target.protocol.tensors import PREFIX_BYTES, decode_header, header_length, writable_bytes
 
         if self._closed:
             raise ConnectError("this channel of transport 'wire' is closed: open another")

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from eagle_target.contract.runner import DraftHead, TargetForward
+from eagle_target.contract.target import TargetInfo, validate_aux_layer_ids
 from eagle_target.errors import AdapterError
-from eagle_target.info import TargetInfo
-from eagle_target.layers import validate_aux_layer_ids
-from eagle_target.runner import DraftHead, TargetForward
 from eagle_target_toy.llama import Llama, UnsupportedCheckpoint
 
 if TYPE_CHECKING:

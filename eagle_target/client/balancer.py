@@ -1,0 +1,254 @@
+"""Chooses among servers: least outstanding first, elsewhere after a failure."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from eagle_target.client.cancellation import present_errand
+from eagle_target.errors import (
+    AdapterError,
+    ConnectError,
+    EagleTargetError,
+    Overloaded,
+    ProtocolError,
+    RequestTooLarge,
+    ServerError,
+    TransferTimeout,
+    TransportRefused,
+    Unavailable,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from eagle_target.client.session import Peer
+
+logger = logging.getLogger(__name__)
+
+FIRST_PAUSE_SECONDS = 1.0
+LONGEST_PAUSE_SECONDS = 30.0
+BUSY_PAUSE_SECONDS = 0.2
+REQUEST_TIMEOUT = 408
+FORGOTTEN = "unknown-vocab-mapping"
+Answer = TypeVar("Answer")
+
+
+@dataclass(slots=True, eq=False)
+class Standing:
+    """How one server is doing."""
+
+    peer: Peer
+    outstanding: int = 0
+    failures: int = 0
+    paused_until: float = 0.0
+    last_error: str | None = None
+    lost: int = 0
+
+    def fail(self, error: Exception) -> None:
+        """Leave the server alone for a while, longer with every failure in a row."""
+        self.last_error = str(error)
+        if self.failures and time.monotonic() < self.paused_until:
+            return  # of the same outage: it was under way when the pause began
+        self.failures += 1
+        pause = min(FIRST_PAUSE_SECONDS * 2 ** (self.failures - 1), LONGEST_PAUSE_SECONDS)
+        self.paused_until = time.monotonic() + pause
+
+    def lose(self, seconds: float) -> None:
+        """Another server was faster: leave this one alone for so long, and longer with every time in a row."""
+        now = time.monotonic()
+        if now >= self.paused_until:
+            self.lost += 1
+            self.paused_until = now + min(seconds * 2 ** (self.lost - 1), LONGEST_PAUSE_SECONDS)
+
+    def succeed(self) -> None:
+        """Forget earlier failures."""
+        self.failures, self.paused_until, self.last_error, self.lost = 0, 0.0, None, 0
+
+    def health(self) -> dict[str, Any]:
+        """As `model_info` tells it: failures in a row, and seconds until it is tried again."""
+        return {
+            "healthy": self.failures == 0,
+            "failures": self.failures,
+            "paused_seconds": round(max(self.paused_until - time.monotonic(), 0.0), 3),
+            "outstanding": self.outstanding,
+            "last_error": self.last_error,
+        }
+
+
+class Dispatcher:
+    """Runs pure requests on one of several servers.
+
+    Args:
+        peers: the servers. max_retries: further attempts after a failed one.
+        timeout: seconds a full queue or a server that loads is waited for, across attempts.
+        retry_timeout: seconds from a request's first failure for which it is tried beyond `max_retries`, while
+            servers cannot be reached.
+    """
+
+    def __init__(self, peers: Sequence[Peer], *, max_retries: int, timeout: float, retry_timeout: float = 0.0) -> None:
+        self.standings = [Standing(peer) for peer in peers]
+        self._max_retries = max_retries
+        self._retry_timeout = retry_timeout
+        self._timeout = timeout
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self.retries = 0
+
+    def run(self, operation: Callable[[Peer], Answer]) -> Answer:
+        """Run an operation, again and elsewhere as long as that can help.
+
+        Raises:
+            EagleTargetError: what the last attempt raised, with the servers that were tried named.
+        """
+        errand = present_errand()
+        deadline = time.monotonic() + self._timeout
+        last_chance = math.inf
+        tried: list[Standing] = []
+        while True:
+            standing = self._choose(tried, last_chance)
+            try:
+                errand.go_to(standing)
+                answer = operation(standing.peer)
+            except EagleTargetError as error:
+                self._release(standing, error)
+                if errand.given_up or not is_retryable(error):
+                    raise
+                if is_busy(error) and time.monotonic() < deadline and not self._stopped.is_set():
+                    self._pause(standing, error)
+                    continue
+                if not tried:
+                    last_chance = time.monotonic() + self._retry_timeout
+                tried.append(standing)
+                if self._is_given_up(error, tried, last_chance):
+                    raise _exhausted(error, tried) from error
+                self.retries += 1
+                logger.warning("attempt %d of a batch failed and is made again: %s", len(tried), error)
+            except BaseException as error:
+                self._release(standing, error)
+                raise
+            else:
+                self._release(standing, None)
+                return answer
+
+    def take_spare(self, slow: Standing) -> Standing | None:
+        """A server that is well and has less to do than a slow one, with one more request; None if there is none."""
+        with self._lock:
+            now = time.monotonic()
+            spare = [
+                standing
+                for standing in self.standings
+                if standing.outstanding < slow.outstanding and not standing.failures and standing.paused_until <= now
+            ]
+            if not spare:
+                return None
+            best = min(spare, key=lambda standing: standing.outstanding)
+            best.outstanding += 1
+            return best
+
+    def run_on(self, standing: Standing, operation: Callable[[Peer], Answer]) -> Answer:
+        """Run an operation once, on a server of `take_spare`."""
+        error: BaseException | None = None
+        try:
+            present_errand().go_to(standing)
+            return operation(standing.peer)
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            self._release(standing, error)
+
+    def lose(self, standing: Standing, seconds: float) -> None:
+        """Another server answered a request before this one: leave it alone for a while."""
+        with self._lock:
+            standing.lose(seconds)
+
+    def stop(self) -> None:
+        """Make no further attempts."""
+        self._stopped.set()
+
+    def _is_given_up(self, error: EagleTargetError, tried: Sequence[Standing], last_chance: float) -> bool:
+        """Whether a request is not tried again. It is as long as a server is left that is well, as far as is known."""
+        if self._stopped.is_set():
+            return True
+        if len(tried) <= self._max_retries or (is_outage(error) and time.monotonic() < last_chance):
+            return False
+        with self._lock:
+            return all(standing in tried or standing.failures for standing in self.standings)
+
+    def _choose(self, tried: Sequence[Standing], last_chance: float) -> Standing:
+        """The healthy server with the least outstanding, those not tried yet first; wait if all are paused.
+
+        At `last_chance` a paused one is taken, so that a request does not outlive its time by a pause.
+        """
+        while True:
+            with self._lock:
+                now = time.monotonic()
+                healthy = [standing for standing in self.standings if standing.paused_until <= now]
+                if healthy or self._stopped.is_set() or (now >= last_chance and len(tried) > self._max_retries):
+                    best = min(healthy or self.standings, key=lambda s: (s in tried, s.outstanding, s.failures))
+                    best.outstanding += 1
+                    return best
+                over = min(standing.paused_until for standing in self.standings)
+            if len(tried) > self._max_retries:
+                over = min(over, last_chance)
+            self._stopped.wait(max(over - now, 0.01))
+
+    def _release(self, standing: Standing, error: BaseException | None) -> None:
+        with self._lock:
+            standing.outstanding -= 1
+            failures = standing.failures
+            if present_errand().given_up or self._stopped.is_set():
+                return  # it says nothing about the server
+            if error is None:
+                standing.succeed()
+            elif isinstance(error, EagleTargetError) and is_retryable(error) and not is_busy(error):
+                standing.fail(error)
+        if failures and error is None:
+            logger.info("%s answers again, after %d failures in a row", standing.peer.url, failures)
+        elif standing.failures > failures:
+            logger.warning("%s failed, the %d. time in a row: %s", standing.peer.url, failures + 1, error)
+
+    def _pause(self, standing: Standing, error: EagleTargetError) -> None:
+        """Leave a busy server alone for as long as it asks; others are asked meanwhile."""
+        seconds = getattr(error, "retry_after", None) or BUSY_PAUSE_SECONDS
+        with self._lock:
+            standing.paused_until = time.monotonic() + min(seconds, self._timeout)
+
+
+def is_retryable(error: EagleTargetError) -> bool:
+    """Whether the same request may go well on another server, or later."""
+    if isinstance(error, RequestTooLarge):
+        return False
+    if isinstance(error, ServerError):
+        return error.status >= 500 or error.status == REQUEST_TIMEOUT or error.problem == FORGOTTEN
+    return isinstance(error, ConnectError | TransferTimeout | ProtocolError | AdapterError)
+
+
+def is_outage(error: EagleTargetError) -> bool:
+    """Whether the server could not be reached, or not in time, rather than answered wrongly."""
+    if isinstance(error, TransportRefused | Overloaded):
+        return False
+    return isinstance(error, ConnectError | TransferTimeout | Unavailable)
+
+
+def is_busy(error: EagleTargetError) -> bool:
+    """Whether the server is well and only to be waited for.
+
+    Its queue is full; it still loads; or other clients' mappings drive this one's out as soon as it is given.
+    """
+    if isinstance(error, Overloaded):
+        return True
+    return isinstance(error, ServerError) and error.problem in ("loading", FORGOTTEN)
+
+
+def _exhausted(error: EagleTargetError, tried: Sequence[Standing]) -> EagleTargetError:
+    urls = [standing.peer.url for standing in tried]
+    message = f"{error} (gave up after {len(tried)} attempts, on {', '.join(urls)})"
+    if isinstance(error, ServerError):
+        return type(error)(message, status=error.status, problem=error.problem, retry_after=error.retry_after)
+    return type(error)(message)

@@ -1,0 +1,1 @@
+"""What both ends agree on; no computing, no I/O."""

@@ -1,0 +1,374 @@
+"""Memory used again: pools of ordinary and of pinned memory, and memory registered with CUDA."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import math
+import mmap
+import os
+import queue
+import threading
+import time
+import weakref
+from collections import OrderedDict
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+SMALL_BYTES = 1 << 20
+ROUNDING_BYTES = 2 << 20
+# An idle block may be larger than what is asked for by this part of it: answers rarely have the same size twice.
+SPARE_PART = 4
+
+
+def trim_heap() -> bool:
+    """Give the system what is free in the C library's heap; False where the library cannot.
+
+    glibc keeps one heap a thread, and of each up to twice the largest block (32 MiB) that was ever allocated: with the
+    tiles of a large vocabulary some 64 MB for every thread that makes them. Source: mallopt(3), malloc_trim(3).
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    return trim is not None and bool(trim(0))
+
+
+def new_block(size: int) -> mmap.mmap:
+    """Fresh memory of the system."""
+    block = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        block.madvise(mmap.MADV_HUGEPAGE)
+    return block
+
+
+class BufferPool:
+    """Allocates tensors whose memory comes back when the last tensor that shares it is gone.
+
+    Args:
+        max_idle_bytes: memory kept for later; beyond it the sizes not used for longest go back to the system.
+    """
+
+    def __init__(self, max_idle_bytes: int = 2 << 30) -> None:
+        self._max_idle_bytes = max_idle_bytes
+        # By size, the size used last at the end; each block with the time at which it came back.
+        self._idle: OrderedDict[int, list[tuple[float, mmap.mmap]]] = OrderedDict()
+        # A tensor may die, and with it return memory, while this very thread allocates.
+        self._lock = threading.RLock()
+        self._closed = False
+        self.idle_bytes = 0
+
+    def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Return an uninitialised CPU tensor; small ones come from torch's own allocator."""
+        size = math.prod(shape) * dtype.itemsize
+        if size < SMALL_BYTES:
+            return torch.empty(tuple(shape), dtype=dtype)
+        block = self._take(-(-size // ROUNDING_BYTES) * ROUNDING_BYTES)
+        # The storage keeps this object alive, whatever views are made of the tensor, and nothing else does.
+        lease = (ctypes.c_uint8 * size).from_buffer(block)
+        weakref.finalize(lease, self._give_back, block).atexit = False
+        return torch.frombuffer(lease, dtype=torch.uint8).view(dtype).view(tuple(shape))
+
+    def close(self) -> None:
+        """Give idle memory back; what is in use follows when it is let go of."""
+        with self._lock:
+            self._closed = True
+            self._idle.clear()
+            self.idle_bytes = 0
+
+    def trim(self, idle_seconds: float) -> None:
+        """Give back memory that nothing has used for that long."""
+        oldest = time.monotonic() - idle_seconds
+        with self._lock:
+            for size, blocks in list(self._idle.items()):
+                kept = [entry for entry in blocks if entry[0] > oldest]
+                self.idle_bytes -= size * (len(blocks) - len(kept))
+                self._idle[size] = kept
+                if not kept:
+                    del self._idle[size]
+
+    def _take(self, size: int) -> mmap.mmap:
+        with self._lock:
+            fitting = min((idle for idle in self._idle if size <= idle <= size + size // SPARE_PART), default=None)
+            if fitting is not None:
+                blocks = self._idle[fitting]
+                _, block = blocks.pop()
+                self.idle_bytes -= fitting
+                self._idle.move_to_end(fitting)
+                if not blocks:
+                    del self._idle[fitting]
+                return block
+        return new_block(size)
+
+    def _give_back(self, block: mmap.mmap) -> None:
+        size = len(block)
+        with self._lock:
+            if self._closed or size > self._max_idle_bytes:
+                return
+            while self.idle_bytes + size > self._max_idle_bytes:
+                oldest, blocks = next(iter(self._idle.items()))
+                del blocks[0]
+                self.idle_bytes -= oldest
+                if not blocks:
+                    del self._idle[oldest]
+            self.idle_bytes += size
+            self._idle.setdefault(size, []).append((time.monotonic(), block))
+            self._idle.move_to_end(size)
+
+
+logger = logging.getLogger(__name__)
+
+# Pinning takes a second for some 4 GiB, so that memory for small tensors is pinned together.
+SLAB_BYTES = 64 << 20
+ALIGNMENT = 512
+# cudaHostRegisterPortable: pinned for every device, whichever is current.
+PORTABLE = 1
+# What cudaHostRegister says most often: no memory, the system's call failed, already registered.
+OUT_OF_MEMORY, OPERATING_SYSTEM, ALREADY_REGISTERED = 2, 304, 712
+# What torch raises without CUDA, in a process that was forked from one with it, and after an error that stays.
+NO_RUNTIME = (RuntimeError, AssertionError)
+
+# Memory that CUDA does not let go of: it must not be unmapped, or what is mapped there next would be taken for pinned.
+_kept: list[object] = []
+
+
+class Registration:
+    """CUDA's registration of a block of memory; it ends with `release`, or when nothing refers to this any more.
+
+    Args:
+        device: whose context is used: a thread that used none yet would get one on the first GPU. block: the memory,
+            which is there until it is registered no more.
+
+    Raises:
+        OSError: CUDA will not, and why. Its last error is cleared, so that no later call reports it.
+    """
+
+    def __init__(self, device: torch.device, block: mmap.mmap) -> None:
+        address = torch.frombuffer(block, dtype=torch.uint8).data_ptr()
+        reason = _call(device, "cudaHostRegister", address, len(block), PORTABLE)
+        if reason is not None:
+            raise OSError(reason)
+        self._release = weakref.finalize(self, _unregister, device, block, address, os.getpid())
+        self._release.atexit = False
+
+    def release(self) -> None:
+        """End it. Safe to call twice."""
+        self._release()
+
+
+def _unregister(device: torch.device, block: mmap.mmap, address: int, pid: int) -> None:
+    if pid != os.getpid():
+        return  # A process that was forked since has the memory, but no CUDA.
+    _kept.append(block)
+    reason = _call(device, "cudaHostUnregister", address)
+    if reason is None:
+        _kept.remove(block)
+    else:
+        logger.warning("CUDA does not unpin %d bytes, which are kept: %s", len(block), reason)
+
+
+def _call(device: torch.device, function: str, *arguments: int) -> str | None:
+    """Call the runtime that torch uses; None, or why that failed."""
+    cuda: Any = torch.cuda
+    try:
+        with torch.cuda.device(device):
+            runtime = cuda.cudart()
+            status = getattr(runtime, function)(*arguments)
+            if not int(status):
+                return None
+            _clear_last_error()
+            return f"{function} says {runtime.cudaGetErrorString(status)} ({int(status)}){_hint(int(status))}"
+    except NO_RUNTIME as error:
+        return str(error)
+
+
+def _clear_last_error() -> None:
+    """Take a failed call's error off this thread, else torch's check of its next kernel raises it.
+
+    torch 2.6 to 2.13 has no such call, so it is asked of the library that torch has loaded.
+    """
+    major = (torch.version.cuda or "").partition(".")[0]
+    # Where torch was built with the runtime in it there is no library, and no way to its state.
+    with suppress(OSError):
+        ctypes.CDLL(f"libcudart.so.{major}").cudaGetLastError()
+
+
+def _hint(status: int) -> str:
+    """What may be the matter."""
+    if status == ALREADY_REGISTERED:
+        return ": something else has registered a part of it"
+    if status not in (OUT_OF_MEMORY, OPERATING_SYSTEM) or os.name != "posix":
+        return ""
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return "" if limit == resource.RLIM_INFINITY else f": the process may lock {limit} bytes (RLIMIT_MEMLOCK)"
+
+
+class PinnedPool:
+    """Allocates pinned tensors whose memory comes back when the last tensor that shares it is gone.
+
+    It is cut from slabs. A slab that nothing is in is kept for later, or given back to the system. Memory is used
+    again at once: a tensor must be there until copies to it and from it are over.
+
+    Args:
+        device: whose copies it is for. slab_bytes: of a slab, unless a tensor needs a larger one.
+        max_idle_bytes: kept for later in slabs that nothing is in; beyond it those not used for longest go.
+    """
+
+    def __init__(self, device: torch.device, *, slab_bytes: int = SLAB_BYTES, max_idle_bytes: int = 2 << 30) -> None:
+        self._device = device
+        self._slab_bytes = slab_bytes
+        self._max_idle_bytes = max_idle_bytes
+        self._slabs: list[_Slab] = []
+        self._lock = threading.Lock()
+        # A tensor may die, and with it return memory, in the middle of anything, in any thread.
+        self._returned: queue.SimpleQueue[tuple[_Slab, int, int]] = queue.SimpleQueue()
+        self._pageable = BufferPool(max_idle_bytes)
+        self._has_failed = False
+        self._closed = False
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Memory that is pinned now, whether a tensor is in it or not."""
+        with self._lock:
+            return sum(slab.size for slab in self._slabs)
+
+    def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Return an uninitialised CPU tensor; in pageable memory where CUDA pins no more."""
+        size = math.prod(shape) * dtype.itemsize
+        if not size:
+            return torch.empty(tuple(shape), dtype=dtype)
+        self._collect()
+        padded = -(-size // ALIGNMENT) * ALIGNMENT
+        with self._lock:
+            fitting = [] if self._closed else [slab for slab in self._slabs if slab.largest >= padded]
+            # The fullest, so that others become free as a whole.
+            slab = min(fitting, key=lambda one: one.free_bytes, default=None) or self._add(padded)
+            if slab is None:
+                return self._pageable.allocate(shape, dtype)
+            offset = slab.take(padded)
+            # The storage keeps this object alive, whatever views are made of the tensor, and nothing else does.
+            lease = (ctypes.c_uint8 * size).from_buffer(slab.block, offset)
+        weakref.finalize(lease, self._give_back, slab, offset, padded).atexit = False
+        return torch.frombuffer(lease, dtype=torch.uint8).view(dtype).view(tuple(shape))
+
+    def trim(self, idle_seconds: float) -> None:
+        """Give back slabs that nothing has been in for that long."""
+        self._collect()
+        oldest = time.monotonic() - idle_seconds
+        with self._lock:
+            self._drop([slab for slab in self._slabs if slab.is_free and slab.free_since <= oldest])
+        self._pageable.trim(idle_seconds)
+
+    def close(self) -> None:
+        """Give back what is free; what is in use follows when it is let go of."""
+        self._closed = True
+        self._collect()
+        self.trim(0)
+        self._pageable.close()
+
+    def _add(self, size: int) -> _Slab | None:
+        """Pin another slab; None where CUDA will not."""
+        if self._closed:
+            return None
+        size = max(self._slab_bytes, -(-size // ROUNDING_BYTES) * ROUNDING_BYTES)
+        try:
+            self._slabs.append(_Slab(self._device, size))
+        except OSError as error:
+            if not self._has_failed:
+                logger.warning(
+                    "CUDA pins no %d bytes beside %d, so copies of answers are slower: %s",
+                    size,
+                    sum(slab.size for slab in self._slabs),
+                    error,
+                )
+            self._has_failed = True
+            return None
+        return self._slabs[-1]
+
+    def _give_back(self, slab: _Slab, offset: int, size: int) -> None:
+        self._returned.put((slab, offset, size))
+        # Nobody allocates or trims any more.
+        if self._closed:
+            self._collect()
+
+    def _collect(self) -> None:
+        """Make free what was given back, unless another call is at it, which then does this, too."""
+        while not self._returned.empty() and self._lock.acquire(blocking=False):
+            try:
+                self._take_back()
+            finally:
+                self._lock.release()
+
+    def _take_back(self) -> None:
+        while True:
+            try:
+                slab, offset, size = self._returned.get_nowait()
+            except queue.Empty:
+                break
+            slab.give_back(offset, size)
+        free = sorted((slab for slab in self._slabs if slab.is_free), key=lambda slab: slab.free_since)
+        kept = 0 if self._closed else self._max_idle_bytes
+        excess = sum(slab.size for slab in free) - kept
+        dropped = []
+        for slab in free:
+            if excess <= 0:
+                break
+            dropped.append(slab)
+            excess -= slab.size
+        self._drop(dropped)
+
+    def _drop(self, slabs: list[_Slab]) -> None:
+        for slab in slabs:
+            self._slabs.remove(slab)
+            slab.registration.release()
+
+
+class _Slab:
+    """A registered block of memory and which parts of it are free. free_since: when it was last used."""
+
+    def __init__(self, device: torch.device, size: int) -> None:
+        self.block = new_block(size)
+        self.size = size
+        self.registration = Registration(device, self.block)
+        self.free_since = time.monotonic()
+        self._free = [(0, size)]
+
+    @property
+    def largest(self) -> int:
+        """The most that `take` can be asked for."""
+        return max((end - start for start, end in self._free), default=0)
+
+    @property
+    def free_bytes(self) -> int:
+        """All that is free."""
+        return sum(end - start for start, end in self._free)
+
+    @property
+    def is_free(self) -> bool:
+        """Whether nothing is in it."""
+        return self._free == [(0, self.size)]
+
+    def take(self, size: int) -> int:
+        """Where a part of it begins that is free no more: of the smallest free one that is large enough."""
+        index = min(
+            (index for index, (start, end) in enumerate(self._free) if end - start >= size),
+            key=lambda number: self._free[number][1] - self._free[number][0],
+        )
+        start, end = self._free[index]
+        self._free[index : index + 1] = [(start + size, end)] if start + size < end else []
+        return start
+
+    def give_back(self, offset: int, size: int) -> None:
+        """Make a part free again."""
+        merged: list[tuple[int, int]] = []
+        for start, end in sorted([*self._free, (offset, offset + size)]):
+            if merged and merged[-1][1] == start:
+                merged[-1] = (merged[-1][0], end)
+            else:
+                merged.append((start, end))
+        self._free = merged
+        self.free_since = time.monotonic()

@@ -1,0 +1,1 @@
+"""The engine: what waits, what runs, what is answered."""

@@ -1,0 +1,201 @@
+"""What waits for the engine: requests, in parts of one forward each, and calls."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from eagle_target.contract.request import SupervisionRequest
+from eagle_target.contract.sinks import PackedTensors
+from eagle_target.errors import EngineDead
+from eagle_target.server.engine.answer import Answer
+from eagle_target.server.engine.outbox import follow
+from eagle_target.server.log import current_subject
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from eagle_target.contract.runner import TargetRunner
+    from eagle_target.server.engine.answer import HostMemory
+    from eagle_target.server.engine.outbox import Claim
+
+RETRY_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Supervised:
+    """One request's supervision, packed, and where its time went, in seconds.
+
+    Whoever holds the mapping holds the answer's room in the outbox.
+    """
+
+    tensors: PackedTensors
+    timings: dict[str, float]
+
+
+class Job:
+    """A request that waits for its parts to be answered. Its future is pending, and can be cancelled, until then.
+
+    Args:
+        request: what is asked. client: who asks. make_tensors: gives the mapping its supervision goes to.
+        answer_bytes: what the answer takes. keys: of its sequences in the cache, where there is one.
+        max_part_tokens: a larger request is cut into parts of whole sequences.
+
+    Attributes:
+        subject: whom the log's lines about it are about, taken from whoever makes it.
+    """
+
+    def __init__(
+        self,
+        request: SupervisionRequest,
+        *,
+        client: str = "",
+        make_tensors: Callable[[], PackedTensors] = PackedTensors,
+        answer_bytes: int = 0,
+        keys: Sequence[bytes] = (),
+        max_part_tokens: int,
+    ) -> None:
+        self.request = request
+        self.client = client
+        self.subject = current_subject()
+        self.answer_bytes = answer_bytes
+        self.keys = keys
+        self.future: Future[Supervised] = Future()
+        self.claim: Claim | None = None
+        self.answer: Answer | None = None
+        self.seconds = {"forward": 0.0, "projection": 0.0}
+        self.waiting = deque(cut_sequences(request.seq_lens, max_part_tokens))
+        self.parts = self._unanswered = len(self.waiting)
+        self._make_tensors = make_tensors
+        self._queued_at = time.perf_counter()
+        self._settling = threading.Lock()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it was answered, failed or was given up."""
+        return self.future.done()
+
+    @property
+    def is_started(self) -> bool:
+        """Whether a part of it was taken."""
+        return len(self.waiting) < self.parts
+
+    def open_answer(self, memory: HostMemory) -> Answer:
+        """Where the supervision goes; a whole request that is run again gets a new one."""
+        if self.answer is None or self.parts == 1:
+            tensors = self._make_tensors()
+            if self.claim is not None:
+                follow(self.claim, tensors)
+            self.answer = Answer(self.request, tensors, memory)
+        return self.answer
+
+    def finish_part(self) -> None:
+        """A part was answered; the last one answers the request."""
+        self._unanswered -= 1
+        if self._unanswered or self.answer is None:
+            return
+        busy = sum(self.seconds.values())
+        timings = {"queue": max(0.0, time.perf_counter() - self._queued_at - busy), **self.seconds}
+        answer = Supervised(self.answer.tensors, timings)
+        self._settle(lambda: self.future.set_result(answer))
+
+    def fail(self, error: BaseException) -> None:
+        """Answer with an error, unless it is over."""
+        self._settle(lambda: self.future.set_exception(error))
+
+    def drop(self) -> None:
+        """Let go of what a request that is over holds."""
+        self.answer = self.claim = None
+
+    def _settle(self, answer: Callable[[], None]) -> None:
+        with self._settling:
+            if not self.future.done() and self.future.set_running_or_notify_cancel():
+                answer()
+        self.drop()
+
+
+@dataclass(slots=True, eq=False)
+class Part:
+    """Sequences of a request that share one forward.
+
+    hits: supervision of those that the cache has, by sequence.
+    """
+
+    job: Job
+    sequences: range
+    hits: dict[int, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+
+    @property
+    def missing(self) -> list[int]:
+        """The sequences that have to be computed."""
+        return [sequence for sequence in self.sequences if sequence not in self.hits]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that have to be computed."""
+        seq_lens = self.job.request.seq_lens
+        return sum(seq_lens[sequence] for sequence in self.missing)
+
+    def request(self) -> SupervisionRequest:
+        """The request for what has to be computed."""
+        return select_sequences(self.job.request, self.missing)
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """Something else that only the engine's thread may do."""
+
+    function: Callable[[TargetRunner], Any]
+    future: Future[Any] = field(default_factory=Future)
+
+    def answer(self, runner: TargetRunner, on_death: Callable[[EngineDead], Exception]) -> None:
+        """Do it, unless it was given up; `on_death` gives what is answered where the engine is gone."""
+        if not self.future.set_running_or_notify_cancel():
+            return
+        try:
+            with torch.no_grad():
+                self.future.set_result(self.function(runner))
+        except EngineDead as error:
+            self.future.set_exception(on_death(error))
+        except Exception as error:  # noqa: BLE001 - handed to whoever waits for it
+            self.future.set_exception(error)
+
+    def fail(self, error: BaseException) -> None:
+        """Answer with an error, unless it was given up."""
+        if self.future.set_running_or_notify_cancel():
+            self.future.set_exception(error)
+
+
+def cut_sequences(seq_lens: Sequence[int], max_tokens: int) -> list[range]:
+    """Neighbouring sequences together up to `max_tokens`; a longer one by itself."""
+    parts: list[range] = []
+    start = tokens = 0
+    for index, length in enumerate(seq_lens):
+        if index > start and tokens + length > max_tokens:
+            parts.append(range(start, index))
+            start, tokens = index, 0
+        tokens += length
+    return [*parts, range(start, len(seq_lens))]
+
+
+def select_sequences(request: SupervisionRequest, sequences: Sequence[int]) -> SupervisionRequest:
+    """The same request for some of its sequences, in ascending order."""
+    if len(sequences) == len(request.seq_lens):
+        return request
+    starts = [0, *accumulate(request.seq_lens)]
+    spans = [slice(starts[sequence], starts[sequence + 1]) for sequence in sequences]
+    return SupervisionRequest(
+        input_ids=torch.cat([request.input_ids[span] for span in spans]),
+        seq_lens=tuple(request.seq_lens[sequence] for sequence in sequences),
+        row_mask=torch.cat([request.row_mask[span] for span in spans]),
+        encoding=request.encoding,
+        mapping=request.mapping,
+        probs_dtype=request.probs_dtype,
+    )

@@ -1,0 +1,1 @@
+"""Draft vocabularies: counting tokens, and mappings in files."""
