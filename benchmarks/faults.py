@@ -26,6 +26,7 @@ from benchmarks import soak
 from benchmarks.fault_sides import failover, transfers
 from benchmarks.fault_sides.inputs import try_inputs
 from benchmarks.report import describe_machine, print_result, print_table
+from eagle_target.client import balancer
 from eagle_target.testing.server import loopback_server
 from tests.faults.processes import faulty_server
 

@@ -15,7 +15,7 @@ from eagle_target.bench.launching import run_server, serve_command
 from eagle_target.bench.server_memory import ProcessMemory, read_metric
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.contract.request import SupervisionRequest
-from eagle_target.protocol.messages import messages
+from eagle_target.protocol import messages
 from eagle_target.verify.workload import Workload
 
 if TYPE_CHECKING:

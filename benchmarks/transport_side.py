@@ -22,7 +22,7 @@ from eagle_target.contract.sinks import PackedTensors, RowStore
 from eagle_target.contract.vocab_mapping import VocabMapping
 from eagle_target.memory import BufferPool
 from eagle_target.plugins.registry import load_plugins
-from eagle_target.protocol.messages import messages
+from eagle_target.protocol import messages
 from eagle_target.server.run import HttpServer
 from eagle_target.testing.transport_harness import ServerClient
 

@@ -35,11 +35,18 @@ def load_runner(
     if reason is not None:
         raise AdapterError(reason)
     try:
-        return adapter.load(model, checked, aux_layer_ids)
+        runner = adapter.load(model, checked, aux_layer_ids)
     except EagleTargetError:
         raise
     except Exception as error:
         raise AdapterError(f"engine {engine!r} could not load {model!r}: {type(error).__name__}: {error}") from error
+    from eagle_target.contract.runner import TargetRunner  # torch is loaded by now
+
+    if not isinstance(runner, TargetRunner):
+        raise AdapterError(
+            f"engine {engine!r} loaded a {type(runner).__name__}, which is no TargetRunner: make it a subclass"
+        )
+    return runner
 
 
 def load_target(

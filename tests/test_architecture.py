@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-import eagle_target
 
 ROOT = Path(__file__).parents[1]
 CORE = ROOT / "eagle_target"
@@ -23,7 +22,6 @@ WITHOUT_TORCH = [
     for name in (
         "__init__.py",
         "__main__.py",
-        "adapters.py",
         "bench/processes.py",
         "cli/bench.py",
         "cli/main.py",
@@ -34,12 +32,14 @@ WITHOUT_TORCH = [
         "cli/verify.py",
         "cli/vocab.py",
         "config.py",
+        "contract/target.py",
         "errors.py",
-        "hookspecs.py",
-        "info.py",
-        "options.py",
-        "plugins.py",
-        "transports.py",
+        "plugins/__init__.py",
+        "plugins/adapter.py",
+        "plugins/hookspecs.py",
+        "plugins/options.py",
+        "plugins/registry.py",
+        "plugins/transport.py",
     )
 ] + [path / "__init__.py" for path in PLUGINS]
 HEAVY = {"torch", "numpy", "transformers", "safetensors", "starlette", "uvicorn", "urllib3", "vllm", "sglang"}
@@ -70,6 +70,63 @@ PUBLIC = [
     "default_eagle3_aux_layer_ids",
     "load_target",
     "open_target",
+]
+
+# What a third party may import; docs/plugins.md and tests/thirdparty use nothing else.
+PLUGIN_API = [
+    "Adapter",
+    "AdapterError",
+    "ClientChannel",
+    "ConfigError",
+    "ConnectError",
+    "ContractError",
+    "ControlPlane",
+    "DraftHead",
+    "EngineDead",
+    "IncomingBody",
+    "PREFIX_BYTES",
+    "PackedTensors",
+    "PluginOptions",
+    "ProtocolError",
+    "Reply",
+    "RowStore",
+    "ServerChannel",
+    "ServerEndpoint",
+    "Sink",
+    "SupervisionRequest",
+    "TargetForward",
+    "TargetInfo",
+    "TargetRunner",
+    "TransferTimeout",
+    "Transport",
+    "TransportError",
+    "VocabMapping",
+    "checkpoint_digest",
+    "decode_header",
+    "decode_tensors",
+    "digest_after_loading",
+    "encode_tensors",
+    "engine_call",
+    "header_length",
+    "hookimpl",
+    "hub_commit",
+    "validate_aux_layer_ids",
+    "writable_bytes",
+]
+TEST_KIT = [
+    "AdapterConformance",
+    "BFloat16Adapter",
+    "BatchInvariantAdapter",
+    "EmbeddingRunner",
+    "InProcessTransportConformance",
+    "MemoryControl",
+    "ServedAdapterConformance",
+    "TransportConformance",
+    "WholeCheckpointConformance",
+    "loopback_server",
+    "save_tiny_target",
+    "server_process",
+    "shuffled_mapping",
 ]
 
 
@@ -168,12 +225,26 @@ def test_importing_a_plugin_imports_no_torch(folder: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_public_names_are_pinned_and_there() -> None:
-    assert eagle_target.__all__ == PUBLIC
-    for name in PUBLIC:
-        assert getattr(eagle_target, name).__name__ == name
+@pytest.mark.parametrize(
+    ("module", "pinned"),
+    [("eagle_target", PUBLIC), ("eagle_target.plugins", PLUGIN_API), ("eagle_target.testing", TEST_KIT)],
+)
+def test_public_names_are_pinned_and_there(module: str, pinned: list[str]) -> None:
+    public = importlib.import_module(module)
+    assert public.__all__ == pinned
+    for name in pinned:
+        value = getattr(public, name)
+        assert getattr(value, "__name__", name) in (name, "__getattr__"), name
     with pytest.raises(AttributeError, match="no_such_name"):
-        _ = eagle_target.no_such_name
+        _ = public.no_such_name
+
+
+def test_a_third_party_needs_no_more_than_the_plugin_api() -> None:
+    toy = ROOT / "tests/thirdparty"
+    documented = re.findall(r"```python\n(.*?)```", (ROOT / "docs/plugins.md").read_text(encoding="utf-8"), re.DOTALL)
+    sources = [*documented, *(path.read_text(encoding="utf-8") for path in toy.rglob("*.py"))]
+    used = {line for source in sources for line in re.findall(r"(?:from|import) (eagle_target(?!_)[\w.]*)", source)}
+    assert used == {"eagle_target.plugins", "eagle_target.testing"}
 
 
 def test_typing_is_shipped_and_no_folder_of_plugins_is_a_package() -> None:

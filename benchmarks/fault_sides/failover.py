@@ -8,8 +8,8 @@ from unittest import mock
 
 from benchmarks.fault_sides.tally import Fault, Tally, client
 from eagle_target.colocated import RunnerEagle3TargetModel
-from eagle_target.protocol.messages import messages
-from eagle_target.server.engine.server import restarts, state
+from eagle_target.protocol import messages
+from eagle_target.server.engine import restarts, state
 from eagle_target.testing.server import loopback_server
 from eagle_target.testing.tiny import EmbeddingRunner
 from tests.client.batches import rows_of

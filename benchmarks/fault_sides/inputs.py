@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from eagle_target.protocol.messages import messages
+from eagle_target.protocol import messages
 from eagle_target.protocol.tensors import encode_tensors
 from tests.faults.processes import faulty_server
 from tests.server.cases import VOCAB_SIZE, assert_same_tensors, expected_of, mapping_of, request_of

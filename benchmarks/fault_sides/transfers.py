@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from benchmarks.fault_sides.moments import MOMENTS, in_a_transfer, trainer_at
 from benchmarks.fault_sides.tally import Fault, Tally, client
 from eagle_target.colocated import RunnerEagle3TargetModel
-from eagle_target.protocol.messages import messages
+from eagle_target.protocol import messages
 from eagle_target.testing.tiny import EmbeddingRunner
 from tests.client.stub import Received, encode, stub
 from tests.faults.processes import LARGE, ROWS, ServerUnderFault, faulty_server, total_of

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from benchmarks.wire_sides import prepared
-from eagle_target.contract.runner import DraftHead, TargetForward
+from eagle_target.contract.runner import DraftHead, TargetForward, TargetRunner
 from eagle_target.contract.target import TargetInfo
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from eagle_target.contract.sinks import Sink
 
 
-class PreparedRunner:
+class PreparedRunner(TargetRunner):
     """A target runner whose answers lie in memory.
 
     Args:

@@ -10,7 +10,7 @@ import urllib3
 
 from eagle_target.auth import Access, open_access
 from eagle_target.bench.processes import CLEAR_PEAK, MB, read_status
-from eagle_target.protocol.messages import messages
+from eagle_target.protocol import messages
 
 SAMPLE_SECONDS = 0.2
 METRIC = "process_resident_memory_bytes"

@@ -33,7 +33,7 @@ from eagle_target.errors import (
     Unavailable,
     VocabMappingError,
 )
-from eagle_target.protocol.messages import PROBLEM_URN, messages, read_count
+from eagle_target.protocol import messages
 
 if TYPE_CHECKING:
     import socket
@@ -166,14 +166,14 @@ def error_of(url: str, status: int, headers: Mapping[str, str], body: bytes) -> 
     """The error for an answer of status 300 and up; something between the server and us may have answered, too."""
     try:
         document = json.loads(body)
-        name = str(document["type"]).removeprefix(PROBLEM_URN)
+        name = str(document["type"]).removeprefix(messages.PROBLEM_URN)
         detail = str(document["detail"])
     except (ValueError, KeyError, TypeError, RecursionError):
         name, detail = "http", f"status {status}: {body[:200].decode('utf-8', 'replace') or 'no body'}"
     message = f"{url}: {detail}"
     if name in PLAIN_ERRORS:
         return PLAIN_ERRORS[name](message)
-    retry_after = read_count(headers.get("Retry-After", ""))
+    retry_after = messages.read_count(headers.get("Retry-After", ""))
     kind = SERVER_ERRORS.get(name, Unavailable if status in (502, 503, 504) else ServerError)
     return kind(message, status=status, problem=name, retry_after=None if retry_after is None else float(retry_after))
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 from eagle_target.errors import EagleTargetError, ProtocolError, ServerError
-from eagle_target.protocol.messages import messages
+from eagle_target.protocol import messages
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

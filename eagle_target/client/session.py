@@ -25,7 +25,7 @@ from eagle_target.errors import (
 )
 from eagle_target.plugins.options import build_model
 from eagle_target.plugins.registry import unusable_reason
-from eagle_target.protocol.messages import messages
+from eagle_target.protocol import messages
 from eagle_target.protocol.tensors import encode_tensors
 
 if TYPE_CHECKING:

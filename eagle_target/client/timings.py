@@ -6,7 +6,7 @@ import math
 import threading
 from typing import TYPE_CHECKING, NamedTuple
 
-from eagle_target.protocol.messages import messages
+from eagle_target.protocol import messages
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from eagle_target.compute.projection import project_full
-from eagle_target.contract.runner import SupervisingRunner
 from eagle_target.errors import ContractError
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ def compute_supervision(runner: TargetRunner, request: SupervisionRequest, sink:
     device = torch.device(runner.info.device)
     # A trainer's autocast must not reach the target: the supervision would differ from a server's.
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        if isinstance(runner, SupervisingRunner):
+        if runner.projects:
             runner.supervise([request], [sink])
             return
         forward = runner.forward_eagle3(request.input_ids.to(device), request.seq_lens)

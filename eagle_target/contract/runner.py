@@ -5,11 +5,14 @@ tokens = sum(seq_lens); hidden, vocab as in TargetInfo.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
+
+from eagle_target.errors import AdapterError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,95 +65,79 @@ class DraftHead:
         return DraftHead(weight=self.weight.to(device), bias=bias, logit_scale=self.logit_scale, soft_cap=self.soft_cap)
 
 
-@runtime_checkable
-class TargetRunner(Protocol):
+class TargetRunner(ABC):
     """A loaded target under one engine. Ragged: padding is a client's affair.
 
-    Called by one thread at a time, unless it is a `ConcurrentHeadRunner`. Every method may raise `AdapterError`.
+    Called by one thread at a time, unless `concurrent_head` says otherwise. Every method may raise `AdapterError`.
+    What is not abstract is a default for engines that need no more.
     """
 
     @property
+    @abstractmethod
     def info(self) -> TargetInfo:
         """Facts about the loaded target."""
-        ...
 
+    @abstractmethod
     def set_aux_layers(self, aux_layer_ids: Sequence[int]) -> None:
         """Choose the three layers to capture; id `i` is the output of decoder layer `i`."""
-        ...
 
+    @abstractmethod
     def forward_eagle3(self, input_ids: torch.Tensor, seq_lens: Sequence[int]) -> TargetForward:
         """Run `[tokens]` int64 as `len(seq_lens)` sequences, each its own causal context."""
-        ...
 
+    @abstractmethod
     def compute_logits(self, last_hidden_states: torch.Tensor) -> torch.Tensor:
         """`[n, hidden]` -> `[n, vocab]` with the engine's own head, soft-cap and scale included."""
-        ...
 
+    @abstractmethod
     def input_embedding_weight(self) -> torch.Tensor:
         """The input embedding, `[vocab, hidden]`; it may be the model's own memory: whoever hands it on copies it."""
-        ...
 
+    @abstractmethod
     def draft_head(self, token_ids: torch.Tensor) -> DraftHead | None:
         """A copy of the LM head's rows for `[n]` int64 ids; None where the head is nothing so simple."""
-        ...
 
+    @abstractmethod
     def close(self) -> None:
         """Release the engine. Safe to call twice."""
-        ...
 
-
-@runtime_checkable
-class SupervisingRunner(TargetRunner, Protocol):
-    """A runner that projects, too, where its hidden states are: in the processes of its engine, say."""
+    @property
+    def projects(self) -> bool:
+        """Whether `supervise` is asked instead of `forward_eagle3`: where a runner has one of its own."""
+        return type(self).supervise is not TargetRunner.supervise
 
     def supervise(self, requests: Sequence[SupervisionRequest], sinks: Sequence[Sink]) -> dict[str, float]:
-        """Answer requests, each into its sink, with the tensors of `supervision.store_supervision`.
+        """Answer requests, each into its sink, with the tensors of `compute.supervise.store_supervision`.
+
+        For runners that project where their hidden states are: in the processes of their engine, say.
 
         What is put into a sink is the sink's from then on: it may be read while the next requests are answered.
 
         Returns:
             seconds by stage, `forward` and `projection`.
         """
-        ...
-
-
-@runtime_checkable
-class ConcurrentHeadRunner(Protocol):
-    """What a runner has that can project one forward while it runs the next."""
+        raise AdapterError(
+            f"{type(self).__name__} does not project {len(requests)} requests into {len(sinks)} sinks by itself: "
+            "call forward_eagle3"
+        )
 
     @property
     def concurrent_head(self) -> bool:
         """Whether one other thread may be in `compute_logits` while `forward_eagle3` runs."""
-        ...
-
-
-@runtime_checkable
-class CapacityRunner(Protocol):
-    """What a runner has that knows how much fits its engine's memory."""
+        return False
 
     def token_capacity(self) -> int | None:
         """Tokens one forward may have now; None where that cannot be told. Asked before every forward."""
-        ...
+        return None
 
-
-@runtime_checkable
-class WatchedRunner(Protocol):
-    """What a runner has whose engine runs in other processes: they may end while nobody asks for anything."""
-
-    def check_alive(self) -> None:
+    def check_alive(self) -> None:  # noqa: B027 - an engine in this process is there
         """Return at once if the engine's processes are there. Asked while there is no work.
 
         Raises:
             EngineDead: one of them is gone.
         """
-        ...
-
-
-@runtime_checkable
-class PaddingRunner(Protocol):
-    """What a runner has that pads."""
 
     @property
-    def computed_tokens(self) -> int:
-        """Tokens computed since it was loaded, pads included."""
-        ...
+    def computed_tokens(self) -> int | None:
+        """Tokens computed since it was loaded, pads included; None for an engine that does not count them."""
+        return None

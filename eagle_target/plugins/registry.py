@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import pluggy
 
 from eagle_target.errors import PluginError
+from eagle_target.plugins import hookspecs
 from eagle_target.plugins.adapter import Adapter
 from eagle_target.plugins.options import nearest_name
-from eagle_target.plugins.registry import hookspecs
 from eagle_target.plugins.transport import Transport
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from starlette.routing import Route
 from eagle_target.contract.request import bytes_per_token
 from eagle_target.errors import ContractError, EagleTargetError, ServerError, VocabMappingError
 from eagle_target.plugins.transport import Reply
-from eagle_target.protocol.messages import messages
+from eagle_target.protocol import messages
 from eagle_target.protocol.tensors import decode_tensors, encode_tensors
 from eagle_target.server import metrics
 from eagle_target.server.bodies import (

@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from eagle_target.errors import ProtocolError, RequestTooLarge, ServerError
-from eagle_target.protocol.messages import messages
+from eagle_target.protocol import messages
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from starlette.responses import Response
 from starlette.routing import Route
 
-from eagle_target.protocol.messages import messages
+from eagle_target.protocol import messages
 from eagle_target.server.bodies import CheckedJson
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from eagle_target.auth import Tokens
 from eagle_target.errors import ConfigError
-from eagle_target.protocol.messages import messages
+from eagle_target.protocol import messages
 from eagle_target.server.log import FIELDS, Subject, printable, set_subject
 from eagle_target.server.problems import EXCHANGE, problem
 

@@ -1,22 +1,68 @@
-"""A test kit for plugin authors: conformance suites, loopback servers and tiny targets. See docs/plugins.md."""
+"""A test kit for plugin authors: conformance suites, loopback servers and tiny targets. See docs/plugins.md.
+
+Names are loaded on first use: a suite imports transformers, and pytest.
+"""
 
 from __future__ import annotations
 
+import importlib
 import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from eagle_target.testing.adapter_checkpoints import WholeCheckpointConformance
+    from eagle_target.testing.adapter_served import ServedAdapterConformance
+    from eagle_target.testing.adapters import AdapterConformance, BatchInvariantAdapter, BFloat16Adapter
+    from eagle_target.testing.server import loopback_server, server_process
+    from eagle_target.testing.tiny import EmbeddingRunner, save_tiny_target, shuffled_mapping
+    from eagle_target.testing.transport_harness import MemoryControl
+    from eagle_target.testing.transports import InProcessTransportConformance, TransportConformance
+
+_HOMES = {
+    "AdapterConformance": "adapters",
+    "BFloat16Adapter": "adapters",
+    "BatchInvariantAdapter": "adapters",
+    "EmbeddingRunner": "tiny",
+    "InProcessTransportConformance": "transports",
+    "MemoryControl": "transport_harness",
+    "ServedAdapterConformance": "adapter_served",
+    "TransportConformance": "transports",
+    "WholeCheckpointConformance": "adapter_checkpoints",
+    "loopback_server": "server",
+    "save_tiny_target": "tiny",
+    "server_process": "server",
+    "shuffled_mapping": "tiny",
+}
+_WITH_ASSERTS = (
+    *("adapters", "adapter_checkpoints", "adapter_contract", "adapter_oracle", "adapter_served", "adapter_suite"),
+    *("transports", "transport_harness", "transport_server", "transport_suite"),
+)
+
+__all__ = [
+    "AdapterConformance",
+    "BFloat16Adapter",
+    "BatchInvariantAdapter",
+    "EmbeddingRunner",
+    "InProcessTransportConformance",
+    "MemoryControl",
+    "ServedAdapterConformance",
+    "TransportConformance",
+    "WholeCheckpointConformance",
+    "loopback_server",
+    "save_tiny_target",
+    "server_process",
+    "shuffled_mapping",
+]
 
 if "pytest" in sys.modules:
     import pytest
 
     # Asserts of the suites then show their values, as those of test modules do.
-    for _module in (
-        "adapters",
-        "adapter_contract",
-        "adapter_oracle",
-        "adapter_served",
-        "adapter_suite",
-        "transports",
-        "transport_harness",
-        "transport_server",
-        "transport_suite",
-    ):
+    for _module in _WITH_ASSERTS:
         pytest.register_assert_rewrite(f"{__name__}.{_module}")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

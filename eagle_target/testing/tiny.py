@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from eagle_target.contract.runner import DraftHead, TargetForward
+from eagle_target.contract.runner import DraftHead, TargetForward, TargetRunner
 from eagle_target.contract.target import TargetInfo, default_eagle3_aux_layer_ids, validate_aux_layer_ids
 from eagle_target.contract.vocab_mapping import VocabMapping
 from eagle_target.errors import AdapterError, ContractError
@@ -78,8 +78,8 @@ def shuffled_mapping(vocab_size: int, draft_vocab_size: int, *, seed: int = 0) -
     return VocabMapping.from_ids(ids, vocab_size)
 
 
-class EmbeddingRunner:
-    """A `TargetRunner` in plain torch on the CPU: a causal mixture of embeddings instead of attention.
+class EmbeddingRunner(TargetRunner):
+    """A target in plain torch on the CPU: a causal mixture of embeddings instead of attention.
 
     A hidden state depends on every token before it in its sequence and on their order, so a leak between sequences
     or a wrong shift changes it. Each sequence is computed by itself and in float64, so its values have the same bits
@@ -114,7 +114,7 @@ class EmbeddingRunner:
         max_seq_len: int | None = None,
         concurrent_head: bool = True,
     ) -> None:
-        self.concurrent_head = concurrent_head
+        self._concurrent_head = concurrent_head
         self._info = TargetInfo(
             model=f"embedding-{vocab_size}x{hidden_size}x{num_layers}-seed{seed}",
             num_layers=num_layers,
@@ -153,6 +153,11 @@ class EmbeddingRunner:
     def aux_layer_ids(self) -> tuple[int, int, int]:
         """The layers that are captured."""
         return self._aux_layer_ids
+
+    @property
+    def concurrent_head(self) -> bool:
+        """As it was told to say."""
+        return self._concurrent_head
 
     def set_aux_layers(self, aux_layer_ids: Sequence[int]) -> None:
         """Choose the three layers to capture."""

@@ -15,7 +15,7 @@ from eagle_target.client.lease import ChannelControl
 from eagle_target.contract.sinks import PackedTensors, RowStore, scattered_store
 from eagle_target.errors import ConnectError
 from eagle_target.plugins.options import build_model
-from eagle_target.protocol.messages import messages
+from eagle_target.protocol import messages
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from eagle_target_hf import HFAdapter
 
+from eagle_target.contract.runner import TargetRunner
 from eagle_target.contract.target import validate_aux_layer_ids
 from eagle_target.testing.adapter_oracle import HFOracle, padded_input
 from eagle_target.testing.adapter_served import ServedAdapterConformance, ServedCheckpoint
@@ -20,22 +21,36 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from eagle_target.contract.runner import DraftHead, TargetForward, TargetRunner
+    from eagle_target.contract.runner import DraftHead, TargetForward
+    from eagle_target.contract.target import TargetInfo
 
 
 class Suite(AdapterConformance):
     adapter = HFAdapter
 
 
-class Good:
+class Good(TargetRunner):
     """A runner in front of a good one."""
 
     def __init__(self, runner: TargetRunner) -> None:
         self.runner = runner
         self.layers = (0, 1, 2)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.runner, name)
+    @property
+    def info(self) -> TargetInfo:
+        return self.runner.info
+
+    def compute_logits(self, last_hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.runner.compute_logits(last_hidden_states)
+
+    def input_embedding_weight(self) -> torch.Tensor:
+        return self.runner.input_embedding_weight()
+
+    def draft_head(self, token_ids: torch.Tensor) -> DraftHead | None:
+        return self.runner.draft_head(token_ids)
+
+    def close(self) -> None:
+        self.runner.close()
 
     def set_aux_layers(self, aux_layer_ids: Sequence[int]) -> None:
         self.layers = validate_aux_layer_ids(aux_layer_ids, self.runner.info.num_layers)

@@ -9,7 +9,7 @@ import threading
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from eagle_target.protocol.messages import messages
+from eagle_target.protocol import messages
 from tests.server.http import Answer, ask
 
 if TYPE_CHECKING:

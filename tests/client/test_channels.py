@@ -15,7 +15,7 @@ from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.errors import ConnectError, TransferTimeout
 from eagle_target.plugins.registry import Origin, load_plugins
 from eagle_target.plugins.transport import ClientChannel
-from eagle_target.protocol.messages import messages
+from eagle_target.protocol import messages
 from eagle_target.testing.server import loopback_server
 from tests.client.batches import assert_same_batch, expected_batch, rows_of
 from tests.server.cases import TestRunner, mapping_of, wait_until

@@ -15,7 +15,7 @@ from eagle_target.client import balancer
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.config import ClientConfig
 from eagle_target.errors import ConfigError, ContractError, ServerError
-from eagle_target.protocol.messages import messages
+from eagle_target.protocol import messages
 from eagle_target.targets import open_target
 from eagle_target.testing.server import loopback_server
 from tests.client.batches import assert_same_batch, expected_batch, rows_of

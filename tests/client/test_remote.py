@@ -30,7 +30,7 @@ from eagle_target.errors import (
     Unavailable,
     VocabMappingError,
 )
-from eagle_target.protocol.messages import messages
+from eagle_target.protocol import messages
 from eagle_target.server.run import HttpServer
 from eagle_target.targets import open_target
 from eagle_target.testing.server import loopback_server

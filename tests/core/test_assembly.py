@@ -12,6 +12,7 @@ from eagle_target.compute import projection
 from eagle_target.compute.assembly import BatchAssembler
 from eagle_target.compute.layout import TrainerRows, read_trainer_rows
 from eagle_target.compute.supervise import compute_supervision
+from eagle_target.contract.request import PROBS_DTYPES
 from eagle_target.contract.sinks import PackedTensors
 from eagle_target.errors import ContractError, ProtocolError, VocabMappingError
 from eagle_target.testing.tiny import EmbeddingRunner, shuffled_mapping
@@ -254,7 +255,7 @@ def test_batch_has_the_documented_dtypes() -> None:
     }
 
 
-@pytest.mark.parametrize("dtype", projection.PROBS_DTYPES)
+@pytest.mark.parametrize("dtype", PROBS_DTYPES)
 @pytest.mark.parametrize("encoding", ["probs", "hidden"])
 def test_probabilities_have_the_dtype_asked_for(dtype: torch.dtype, encoding: Encoding) -> None:
     rows = read()

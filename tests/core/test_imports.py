@@ -9,7 +9,7 @@ import pytest
 
 import eagle_target
 
-LIGHT = ("", ".hookspecs", ".options", ".adapters", ".info", ".errors", ".layers")
+LIGHT = ("", ".plugins.hookspecs", ".plugins.options", ".plugins.adapter", ".contract.target", ".errors")
 HEAVY = ("torch", "numpy", "transformers", "safetensors", "starlette", "uvicorn", "urllib3", "vllm", "sglang")
 
 

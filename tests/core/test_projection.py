@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from eagle_target.compute import projection
 from eagle_target.compute.projection import RowFacts, project_draft, project_full, tile_rows
+from eagle_target.contract.request import PROBS_DTYPES
 from eagle_target.contract.runner import DraftHead
 from eagle_target.contract.sinks import PackedTensors, RowStore
 from eagle_target.contract.vocab_mapping import VocabMapping
@@ -75,7 +76,7 @@ def test_probs_are_the_softmax_over_the_draft_vocabulary_in_its_order(mapping: V
     assert (made["target_top_ids"].dtype, made["target_logsumexp"].dtype) == (torch.int32, torch.float32)
 
 
-@pytest.mark.parametrize("dtype", projection.PROBS_DTYPES)
+@pytest.mark.parametrize("dtype", PROBS_DTYPES)
 def test_probs_are_rounded_once_from_float32(dtype: torch.dtype) -> None:
     hidden = random(23, HIDDEN, seed=2)
     made = project(hidden, probs_dtype=dtype)["target_probs"]
@@ -158,7 +159,7 @@ def draft_rows(mapping: VocabMapping) -> DraftHead:
 
 
 @pytest.mark.parametrize("mapping", [SHUFFLED, ASCENDING, IDENTITY, PERMUTED], ids=repr)
-@pytest.mark.parametrize("dtype", projection.PROBS_DTYPES)
+@pytest.mark.parametrize("dtype", PROBS_DTYPES)
 @pytest.mark.parametrize("rows", [0, 1, 23])
 def test_both_projections_are_the_same_function(mapping: VocabMapping, dtype: torch.dtype, rows: int) -> None:
     hidden = random(rows, HIDDEN, seed=2)

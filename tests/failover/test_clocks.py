@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from eagle_target.protocol.messages import messages
+from eagle_target.protocol import messages
 from tests.failover.clocks import DAY, jumping, server_with_clock
 from tests.failover.runs import client, run, server_of
 from tests.faults.processes import faulty_server

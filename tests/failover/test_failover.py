@@ -13,7 +13,7 @@ import pytest
 
 from eagle_target.client import balancer
 from eagle_target.errors import ConfigError, ConnectError, ContractError, ProtocolError, ServerError
-from eagle_target.protocol.messages import messages
+from eagle_target.protocol import messages
 from tests.client.batches import assert_same_batch, expected_batch, rows_of
 from tests.client.stub import Received, forwarding, reply, replying
 from tests.failover.runs import SOON_SECONDS, client, is_used, run, server_of

@@ -18,7 +18,7 @@ import torch
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.contract.request import SupervisionRequest
 from eagle_target.memory import trim_heap
-from eagle_target.protocol.messages import messages
+from eagle_target.protocol import messages
 from eagle_target.testing.server import loopback_server
 from tests.client.batches import assert_same_batch, expected_batch, rows_of
 from tests.faults.processes import LARGE, ServerUnderFault, faulty_server

@@ -15,7 +15,7 @@ from eagle_target.client import balancer
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.colocated import RunnerEagle3TargetModel
 from eagle_target.errors import ConnectError, TransferTimeout, TransportError
-from eagle_target.protocol.messages import messages
+from eagle_target.protocol import messages
 from eagle_target.testing.tiny import EmbeddingRunner
 from tests.client.batches import assert_same_batch, expected_batch, rows_of
 from tests.faults.processes import LARGE, ServerUnderFault, faulty_server

@@ -14,7 +14,7 @@ from eagle_target.client.http import Checksum, error_of
 from eagle_target.client.timings import received
 from eagle_target.contract.sinks import PackedTensors
 from eagle_target.errors import EagleTargetError, VocabMappingError
-from eagle_target.protocol.messages import messages
+from eagle_target.protocol import messages
 from eagle_target.protocol.tensors import decode_tensors, encode_tensors
 from eagle_target.testing.tiny import EmbeddingRunner
 from eagle_target.testing.transport_harness import MemoryBody

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from eagle_target.client import balancer
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.errors import EagleTargetError
-from eagle_target.protocol.messages import messages
+from eagle_target.protocol import messages
 from eagle_target.testing.server import loopback_server
 from tests.client.batches import assert_same_batch, expected_batch, rows_of
 from tests.client.stub import Received, Stub, encode, stub

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.contract.sinks import PackedTensors
-from eagle_target.protocol.messages import messages
+from eagle_target.protocol import messages
 from eagle_target.seals import NONCE_BYTES, SEAL_BYTES
 from eagle_target.testing.server import loopback_server
 from eagle_target.testing.transport_harness import MemoryBody

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from eagle_target.contract.runner import TargetForward
+from eagle_target.contract.runner import TargetForward, TargetRunner
 from eagle_target.errors import EngineDead
 from eagle_target.testing.tiny import EmbeddingRunner
 
@@ -53,7 +53,7 @@ class _Engine:
         return runner.compute_logits(torch.from_numpy(states)).numpy()
 
 
-class ChildRunner:
+class ChildRunner(TargetRunner):
     """A `TargetRunner` over an `EmbeddingRunner` in a process of its own."""
 
     def __init__(self, delay: float = 0.0) -> None:

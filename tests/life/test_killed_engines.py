@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from eagle_target.client.remote import RemoteEagle3TargetModel
-from eagle_target.protocol.messages import messages
-from eagle_target.server.engine.server import restarts, state
+from eagle_target.protocol import messages
+from eagle_target.server.engine import restarts, state
 from eagle_target.testing.server import loopback_server
 from tests.client.batches import assert_same_batch, expected_batch, rows_of
 from tests.life.engines import ChildRunner

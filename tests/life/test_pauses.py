@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from eagle_target.server.engine import restarts
 from eagle_target.server.engine.restarts import Restarts
-from eagle_target.server.engine.server import restarts
 
 if TYPE_CHECKING:
     import pytest

@@ -14,7 +14,7 @@ from eagle_target.client import lease as client_presence
 from eagle_target.client.http import ServerConnection
 from eagle_target.client.lease import Presence
 from eagle_target.client.remote import RemoteEagle3TargetModel
-from eagle_target.protocol.messages import messages
+from eagle_target.protocol import messages
 from eagle_target.server import clients
 from eagle_target.server.clients import Presences
 from eagle_target.testing.server import loopback_server

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from eagle_target.contract.request import SupervisionRequest
-from eagle_target.protocol.messages import messages
+from eagle_target.protocol import messages
 from tests.faults.processes import LARGE, faulty_server
 from tests.server.cases import wait_until
 from tests.server.http import ask, body_of

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from eagle_target.errors import AdapterError, EngineDead, Unavailable
-from eagle_target.server.engine.server import TargetModelServer, restarts, scheduler
+from eagle_target.server.engine import restarts, scheduler
+from eagle_target.server.engine.server import TargetModelServer
 from tests.server.cases import (
     HeadRunner,
     TestRunner,

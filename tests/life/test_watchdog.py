@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from eagle_target.errors import EngineStuck, Unavailable
-from eagle_target.protocol.messages import messages
+from eagle_target.protocol import messages
 from eagle_target.testing.server import loopback_server
 from tests.server.cases import HeadRunner, TestRunner, engine, mapping_of, request_of, wait_until
 from tests.server.http import ask, assert_problem, body_of, put_mapping

@@ -17,7 +17,7 @@ import torch
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.contract.request import SupervisionRequest
 from eagle_target.errors import EngineDead
-from eagle_target.protocol.messages import messages
+from eagle_target.protocol import messages
 from eagle_target.server import log
 from eagle_target.server.log import JsonFormatter, Subject, TextFormatter, about, configure_logging, hide_ids, printable
 from eagle_target.server.middleware import shown_path

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from eagle_target_inprocess.transport import process_identity
 
-from eagle_target.protocol.messages import messages
+from eagle_target.protocol import messages
 from eagle_target.testing.server import loopback_server
 from tests.observability.traffic import BATCHES, busy_server, documented_metrics, metric, metrics_text
 from tests.server.cases import TestRunner, mapping_of, request_of

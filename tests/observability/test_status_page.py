@@ -12,7 +12,7 @@ import pytest
 
 from eagle_target.config import ServerConfig
 from eagle_target.errors import AdapterError
-from eagle_target.protocol.messages import messages
+from eagle_target.protocol import messages
 from eagle_target.server.run import HttpServer
 from eagle_target.testing.server import loopback_server
 from tests.observability.traffic import BATCHES, busy_server, client_of

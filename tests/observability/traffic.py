@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from eagle_target.client.remote import RemoteEagle3TargetModel
-from eagle_target.protocol.messages import messages
+from eagle_target.protocol import messages
 from eagle_target.testing.server import loopback_server
 from tests.client.batches import rows_of
 from tests.server.cases import TestRunner, mapping_of, wait_until

@@ -11,7 +11,7 @@ import xxhash
 
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.errors import ProtocolError, TransportError
-from eagle_target.protocol.messages import messages
+from eagle_target.protocol import messages
 from eagle_target.testing.server import loopback_server
 from tests.client.batches import assert_same_batch, expected_batch, rows_of
 from tests.client.stub import Received, forwarding

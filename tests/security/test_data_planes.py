@@ -21,7 +21,7 @@ from torch import distributed
 from eagle_target.client.lease import ChannelControl
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.errors import TransportRefused
-from eagle_target.protocol.messages import messages
+from eagle_target.protocol import messages
 from eagle_target.seals import NONCE_BYTES, SEAL_BYTES, new_key
 from eagle_target.testing.server import loopback_server
 from tests.client.batches import assert_same_batch, expected_batch, rows_of

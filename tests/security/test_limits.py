@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from eagle_target.protocol.messages import messages
+from eagle_target.protocol import messages
 from eagle_target.protocol.tensors import encode_tensors
 from eagle_target.testing.server import loopback_server
 from tests.server.cases import mapping_of, request_of

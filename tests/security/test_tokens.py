@@ -12,7 +12,7 @@ from eagle_target.auth import Tokens, read_tokens
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.config import ClientConfig, ServerConfig, dump_config, load_config
 from eagle_target.errors import ConfigError, ServerError
-from eagle_target.protocol.messages import messages
+from eagle_target.protocol import messages
 from eagle_target.server.run import HttpServer
 from eagle_target.targets import open_target
 from eagle_target.testing.server import loopback_server

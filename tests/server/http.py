@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from eagle_target.protocol.messages import messages
+from eagle_target.protocol import messages
 from eagle_target.protocol.tensors import decode_tensors
 
 if TYPE_CHECKING:

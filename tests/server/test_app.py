@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from eagle_target.contract.request import SupervisionRequest
 from eagle_target.errors import AdapterError
-from eagle_target.protocol.messages import messages
+from eagle_target.protocol import messages
 from eagle_target.protocol.tensors import encode_tensors
 from eagle_target.server.run import HttpServer
 from eagle_target.testing.server import loopback_server

@@ -9,7 +9,7 @@ import torch
 
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.contract.request import SupervisionRequest
-from eagle_target.protocol.messages import messages
+from eagle_target.protocol import messages
 from eagle_target.testing.server import loopback_server
 from eagle_target.testing.tiny import EmbeddingRunner
 from tests.client.batches import assert_same_batch, expected_batch, rows_of

@@ -11,8 +11,8 @@ import torch
 
 from eagle_target.contract.sinks import PackedTensors
 from eagle_target.errors import AdapterError
+from eagle_target.server.engine import answer
 from eagle_target.server.engine.answer import Answer, HostMemory
-from eagle_target.server.engine.server import answer
 from eagle_target.server.engine.stages import DeviceOrder
 from eagle_target.testing.tiny import EmbeddingRunner
 from tests.cuda_runtime import CUDA, Runtime

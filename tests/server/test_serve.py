@@ -17,7 +17,7 @@ import pytest
 
 from eagle_target.config import ServerConfig
 from eagle_target.errors import AdapterError, ConfigError, PluginError
-from eagle_target.protocol.messages import messages
+from eagle_target.protocol import messages
 from eagle_target.server.run import HttpServer
 from tests.faults.processes import faulty_server
 from tests.server.cases import (

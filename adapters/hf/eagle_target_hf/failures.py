@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from eagle_target.plugins.registry import engine_errors
+from eagle_target.plugins import engine_errors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -5,7 +5,10 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import override
+
 from eagle_target.checkpoints.digest import module_digest
+from eagle_target.contract.runner import TargetRunner
 from eagle_target.contract.target import TargetInfo, validate_aux_layer_ids
 from eagle_target.errors import AdapterError
 from eagle_target_hf.architecture import find_architecture
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
     from eagle_target.contract.runner import DraftHead, TargetForward
 
 
-class HFTargetRunner:
+class HFTargetRunner(TargetRunner):
     """Runs a loaded model; see `TargetRunner`. One thread at a time.
 
     The model is put into eval mode, here and before a forward that finds it training, and is otherwise not changed:
@@ -62,7 +65,7 @@ class HFTargetRunner:
         self._max_batch_tokens = max_batch_tokens
         self._memory = ForwardMemory(device)
         self._aux_layer_ids: tuple[int, ...] = ()
-        self.computed_tokens = 0
+        self._computed_tokens = 0
         self._info = TargetInfo(
             model=name or getattr(model, "name_or_path", "") or type(model).__name__,
             revision=revision,
@@ -83,8 +86,15 @@ class HFTargetRunner:
         return self._info
 
     @property
+    @override
+    def computed_tokens(self) -> int:
+        """See `TargetRunner.computed_tokens`."""
+        return self._computed_tokens
+
+    @property
+    @override
     def concurrent_head(self) -> bool:
-        """See `ConcurrentHeadRunner`: the head is a function of its weights, unless accelerate moves those in hooks."""
+        """See `TargetRunner.concurrent_head`: not where accelerate moves the head's weights in hooks."""
         _, proven = self._open()
         head = proven.execution.architecture.output_embedding()
         return proven.head is None or not hasattr(head, "_hf_hook")
@@ -126,11 +136,12 @@ class HFTargetRunner:
             # Batches of one call follow each other: memory is that of the largest, and of all their states.
             with self._memory.measuring(len(ids)):
                 forward = run_batches(execution, ids, batches, aux_layer_ids=self._aux_layer_ids)
-        self.computed_tokens += sum(batch.rows * batch.width for batch in batches)
+        self._computed_tokens += sum(batch.rows * batch.width for batch in batches)
         return forward
 
+    @override
     def token_capacity(self) -> int | None:
-        """See `CapacityRunner`; on CUDA, once a sizeable forward has been measured."""
+        """See `TargetRunner.token_capacity`; on CUDA, once a sizeable forward has been measured."""
         return self._memory.token_capacity()
 
     def compute_logits(self, last_hidden_states: torch.Tensor) -> torch.Tensor:

@@ -12,8 +12,8 @@ import pytest
 from eagle_target_hf import HFAdapter
 
 from eagle_target.errors import ConfigError
+from eagle_target.plugins import hookspecs
 from eagle_target.plugins.options import PluginOptions
-from eagle_target.plugins.registry import hookspecs
 
 if TYPE_CHECKING:
     from eagle_target.plugins.adapter import Adapter

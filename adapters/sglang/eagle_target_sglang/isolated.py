@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from eagle_target.contract.runner import DraftHead, TargetForward
+from typing_extensions import override
+
+from eagle_target.contract.runner import DraftHead, TargetForward, TargetRunner
 from eagle_target.contract.target import TargetInfo, validate_aux_layer_ids
 from eagle_target.errors import AdapterError
 from eagle_target_sglang.batching import PoolLimits
@@ -43,8 +45,8 @@ def load_isolated(model: str, options: SGLangOptions) -> IsolatedTargetRunner:
         raise
 
 
-class IsolatedTargetRunner:
-    """Hands everything to the ranks; see `SupervisingRunner`. Tensors come back on the CPU, in shared memory.
+class IsolatedTargetRunner(TargetRunner):
+    """Hands everything to the ranks; see `TargetRunner.supervise`. Tensors come back on the CPU, in shared memory.
 
     Args:
         group: the ranks, loaded. loaded: what rank 0 said of the target.
@@ -83,8 +85,9 @@ class IsolatedTargetRunner:
         _, given = self._group.call({"command": "forward", "seq_lens": list(seq_lens)}, {"input_ids": input_ids})
         return TargetForward(aux_hidden_states=given["aux"], last_hidden_states=given["last"])
 
+    @override
     def supervise(self, requests: Sequence[SupervisionRequest], sinks: Sequence[Sink]) -> dict[str, float]:
-        """See `SupervisingRunner.supervise`: one forward for all requests, projected where the head is.
+        """See `TargetRunner.supervise`: one forward for all requests, projected where the head is.
 
         Raises:
             AdapterError: as for `forward_eagle3`.
@@ -110,12 +113,14 @@ class IsolatedTargetRunner:
         _, given = self._group.call({"command": "logits"}, {"hidden": last_hidden_states})
         return given["logits"]
 
+    @override
     def token_capacity(self) -> int | None:
-        """See `CapacityRunner`: one prefill fills the KV pool at most; more would be several."""
+        """See `TargetRunner.token_capacity`: one prefill fills the KV pool at most; more would be several."""
         return self.limits.tokens
 
+    @override
     def check_alive(self) -> None:
-        """See `WatchedRunner.check_alive`."""
+        """See `TargetRunner.check_alive`."""
         self._group.check_alive()
 
     def input_embedding_weight(self) -> torch.Tensor:

@@ -7,9 +7,10 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
+from typing_extensions import override
 
 from eagle_target.checkpoints.digest import hub_commit
-from eagle_target.contract.runner import DraftHead, TargetForward
+from eagle_target.contract.runner import DraftHead, TargetForward, TargetRunner
 from eagle_target.contract.target import TargetInfo, validate_aux_layer_ids
 from eagle_target.errors import AdapterError
 from eagle_target_sglang import generations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 PROBE_LENGTHS = (3, 5)
 
 
-class SGLangTargetRunner:
+class SGLangTargetRunner(TargetRunner):
     """Runs a ModelRunner of SGLang; see `TargetRunner`. One thread at a time.
 
     A rank of a sharded target is one of these too: all ranks are called alike, in the same order.
@@ -100,8 +101,9 @@ class SGLangTargetRunner:
         with self._engine("the target's head"):
             return self._head.compute_logits(last_hidden_states.to(self._device))
 
+    @override
     def token_capacity(self) -> int | None:
-        """See `CapacityRunner`: one prefill fills the KV pool at most; more would be several."""
+        """See `TargetRunner.token_capacity`: one prefill fills the KV pool at most; more would be several."""
         return self.limits.tokens
 
     def input_embedding_weight(self) -> torch.Tensor:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from eagle_target.errors import AdapterError, EngineDead
-from eagle_target.plugins.registry import engine_errors
+from eagle_target.plugins import engine_errors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

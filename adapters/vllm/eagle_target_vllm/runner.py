@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import vllm
+from typing_extensions import override
 
 from eagle_target.checkpoints.digest import hub_commit
-from eagle_target.contract.runner import DraftHead, TargetForward
+from eagle_target.contract.runner import DraftHead, TargetForward, TargetRunner
 from eagle_target.contract.target import TargetInfo, validate_aux_layer_ids
 from eagle_target.errors import AdapterError, EngineDead
 from eagle_target_vllm.blocks import BlockPool
@@ -43,8 +44,8 @@ MEMORY = "taking memory for an answer"
 SAVE_SECONDS = 30.0
 
 
-class VLLMTargetRunner:
-    """Runs a loaded engine; see `SupervisingRunner`. One thread at a time.
+class VLLMTargetRunner(TargetRunner):
+    """Runs a loaded engine; see `TargetRunner.supervise`. One thread at a time.
 
     Args:
         loaded: a running engine, which `close` ends.
@@ -89,8 +90,9 @@ class VLLMTargetRunner:
         self._call("set_layers", list(layers), list(states), what="choosing the layers")
         self._aux_layer_ids = layers
 
+    @override
     def supervise(self, requests: Sequence[SupervisionRequest], sinks: Sequence[Sink]) -> dict[str, float]:
-        """See `SupervisingRunner.supervise`.
+        """See `TargetRunner.supervise`.
 
         Raises:
             AdapterError: no layers were set, the runner is closed, or the engine failed.
@@ -143,13 +145,15 @@ class VLLMTargetRunner:
         block.release()
         return block.tensor(logits).to(self._info.device)
 
+    @override
     def token_capacity(self) -> int | None:
-        """See `CapacityRunner`: tokens of the KV cache, which more than that would wait for inside the engine."""
+        """See `TargetRunner.token_capacity`: tokens of the KV cache; more would wait inside the engine."""
         cache = self._open().vllm_config.cache_config
         return int(cache.num_gpu_blocks) * int(cache.block_size) if cache.num_gpu_blocks else None
 
+    @override
     def check_alive(self) -> None:
-        """See `WatchedRunner.check_alive`."""
+        """See `TargetRunner.check_alive`."""
         if has_lost_process(self._open(), patience=0.0):
             self._failure = f"a process of vLLM {vllm.__version__} died, its log says why: restart the server"
             raise EngineDead(self._failure)

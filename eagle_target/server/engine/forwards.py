@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from eagle_target.compute.supervise import check_forward, split_forward, store_supervision
-from eagle_target.contract.runner import PaddingRunner, SupervisingRunner
 from eagle_target.errors import EngineDead
 from eagle_target.server.engine.answer import DeferredSink
 from eagle_target.server.engine.stages import engine_stopped
@@ -105,23 +104,24 @@ class ForwardStage:
         stores: dict[Part, Callable[[], Answer]] = {
             part: partial(part.job.open_answer, self._memory) for part in parts if not part.missing
         }
-        before = self._runner.computed_tokens if isinstance(self._runner, PaddingRunner) else 0
-        if missing and isinstance(self._runner, SupervisingRunner):
-            stores.update(self._supervise(self._runner, missing))
+        before = self._runner.computed_tokens
+        if missing and self._runner.projects:
+            stores.update(self._supervise(missing))
         elif missing:
             stores.update(self._run_plain(missing))
-        if isinstance(self._runner, PaddingRunner):
-            self.padded_tokens += self._runner.computed_tokens - before - sum(part.tokens for part in missing)
+        after = self._runner.computed_tokens
+        if before is not None and after is not None:
+            self.padded_tokens += after - before - sum(part.tokens for part in missing)
         return [stores[part] for part in parts]
 
-    def _supervise(self, runner: SupervisingRunner, parts: Sequence[Part]) -> dict[Part, Callable[[], Answer]]:
+    def _supervise(self, parts: Sequence[Part]) -> dict[Part, Callable[[], Answer]]:
         answers = [part.job.open_answer(self._memory) for part in parts]
         sinks = [
             DeferredSink(answer.sink(part.missing, is_shared=len(parts) > 1))
             for part, answer in zip(parts, answers, strict=True)
         ]
         try:
-            seconds = runner.supervise([part.request() for part in parts], sinks)
+            seconds = self._runner.supervise([part.request() for part in parts], sinks)
         except BaseException:
             self._order.settle()
             raise

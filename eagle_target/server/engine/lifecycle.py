@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from eagle_target.contract.runner import CapacityRunner, ConcurrentHeadRunner, SupervisingRunner, WatchedRunner
 from eagle_target.contract.target import ServedTarget, validate_aux_layer_ids
 from eagle_target.devices import resolve_device, use_device
 from eagle_target.errors import AdapterError, EagleTargetError, EngineDead, ServerError
@@ -141,10 +140,8 @@ class EngineLife:
     def _start_stages(self, runner: TargetRunner) -> _Stages:
         device = resolve_device(runner.info.device)
         use_device(device)
-        # What a supervising runner has projected only has to be copied, which is no call of the runner.
-        is_beside = isinstance(runner, SupervisingRunner) or (
-            isinstance(runner, ConcurrentHeadRunner) and runner.concurrent_head
-        )
+        # What a runner has projected by itself only has to be copied, which is no call of the runner.
+        is_beside = runner.projects or runner.concurrent_head
         answering = AnswerStage(self._queue, self._note, self._die)
         second: SecondStage[Forwarded] = SecondStage(
             answering.handle, answering.abandon, is_threaded=is_beside, device=device
@@ -169,13 +166,13 @@ class EngineLife:
             stages.is_at_rest = False
         else:
             stages.rest()
-            if work is not None and isinstance(runner, WatchedRunner):
+            if work is not None:
                 runner.check_alive()
         return work is not None
 
     def _room(self, runner: TargetRunner) -> int:
         """Tokens of the next forward."""
-        capacity = runner.token_capacity() if isinstance(runner, CapacityRunner) else None
+        capacity = runner.token_capacity()
         return self._max_batch_tokens if capacity is None else min(self._max_batch_tokens, capacity)
 
     def _note(self, failure: Exception | None) -> Exception | None:

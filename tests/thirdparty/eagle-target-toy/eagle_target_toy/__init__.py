@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from eagle_target.plugins.hookspecs import hookimpl
+from eagle_target.plugins import hookimpl
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from eagle_target.plugins.adapter import Adapter
-    from eagle_target.plugins.transport import Transport
+    from eagle_target.plugins import Adapter, Transport
 
 
 @hookimpl

@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from eagle_target.errors import ConfigError
-from eagle_target.plugins.adapter import Adapter
-from eagle_target.plugins.options import PluginOptions
+from eagle_target.plugins import Adapter, ConfigError, PluginOptions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from eagle_target.contract.runner import TargetRunner
+    from eagle_target.plugins import TargetRunner
 
 
 class ToyOptions(PluginOptions):

@@ -8,9 +8,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from eagle_target.contract.runner import DraftHead, TargetForward
-from eagle_target.contract.target import TargetInfo, validate_aux_layer_ids
-from eagle_target.errors import AdapterError
+from eagle_target.plugins import (
+    AdapterError,
+    DraftHead,
+    TargetForward,
+    TargetInfo,
+    TargetRunner,
+    validate_aux_layer_ids,
+)
 from eagle_target_toy.llama import Llama, UnsupportedCheckpoint
 
 if TYPE_CHECKING:
@@ -19,7 +24,7 @@ if TYPE_CHECKING:
     from eagle_target_toy.adapter import ToyOptions
 
 
-class ToyRunner:
+class ToyRunner(TargetRunner):
     """A Llama on the CPU, each sequence by itself."""
 
     def __init__(self, llama: Llama, info: TargetInfo) -> None:

@@ -13,17 +13,24 @@ from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
 
 from pydantic import Field
 
-from eagle_target.errors import ConnectError, ProtocolError, TransportError
-from eagle_target.plugins.options import PluginOptions
-from eagle_target.plugins.transport import ClientChannel, Reply, ServerChannel, ServerEndpoint, Transport
+from eagle_target.plugins import (
+    ClientChannel,
+    ConnectError,
+    PluginOptions,
+    ProtocolError,
+    Reply,
+    ServerChannel,
+    ServerEndpoint,
+    Transport,
+    TransportError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import torch
 
-    from eagle_target.contract.sinks import Sink
-    from eagle_target.plugins.transport import ControlPlane, IncomingBody
+    from eagle_target.plugins import ControlPlane, IncomingBody, Sink
 
 CONTENT_TYPE = "application/vnd.eagle-target.toyfile+json"
 MAX_TICKET_BYTES = 1024
@@ -98,7 +105,7 @@ class ToyFileServerChannel(ServerChannel):
 
     def send(self, transfer_id: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Reply:
         """Write the tensors and tell the client where."""
-        from eagle_target.protocol.tensors import encode_tensors
+        from eagle_target.plugins import encode_tensors
 
         path = self._folder / f"{secrets.token_hex(16)}.safetensors"
         parts = encode_tensors(tensors, metadata)
@@ -159,7 +166,7 @@ def _read_ticket(body: IncomingBody) -> tuple[str, int]:
 
 
 def _read_tensors(file: BinaryIO, size: int, sink: Sink) -> dict[str, str]:
-    from eagle_target.protocol.tensors import PREFIX_BYTES, decode_header, header_length, writable_bytes
+    from eagle_target.plugins import PREFIX_BYTES, decode_header, header_length, writable_bytes
 
     length = header_length(file.read(PREFIX_BYTES))
     header = decode_header(file.read(length), length)

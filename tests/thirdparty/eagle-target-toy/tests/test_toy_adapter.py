@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING
 import pytest
 from eagle_target_toy.adapter import ToyAdapter, ToyOptions
 
-from eagle_target.errors import AdapterError
-from eagle_target.testing.adapter_served import ServedAdapterConformance
-from eagle_target.testing.adapters import AdapterConformance, BatchInvariantAdapter, BFloat16Adapter
-from eagle_target.testing.tiny import save_tiny_target
+from eagle_target.plugins import AdapterError
+from eagle_target.testing import (
+    AdapterConformance,
+    BatchInvariantAdapter,
+    BFloat16Adapter,
+    ServedAdapterConformance,
+    save_tiny_target,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import pytest
 from eagle_target_toy.transport import ToyFileOptions, ToyFileTransport
 
-from eagle_target.errors import ConnectError
-from eagle_target.testing.transport_harness import MemoryControl
-from eagle_target.testing.transports import TransportConformance
+from eagle_target.plugins import ConnectError
+from eagle_target.testing import MemoryControl, TransportConformance
 
 if TYPE_CHECKING:
     from pathlib import Path
