@@ -64,7 +64,7 @@ def build(
     import torch
 
     from eagle_target.contract.vocab_mapping import VocabMapping
-    from eagle_target.vocab.mapping_files import check_output_path, save_vocab_mapping
+    from eagle_target.vocab.mapping_files import check_output_path
     from eagle_target.vocab.text_tokenizer import load_tokenizer  # a fast start
     from eagle_target.vocab.token_counts import count_tokens, target_vocab_size
 
@@ -86,7 +86,7 @@ def build(
     if not counts.any():
         raise ConfigError(f"{', '.join(inputs)}: no tokens to count: is the data empty, or nothing of it supervised?")
     mapping = VocabMapping.from_counts(counts, size, special_ids=special_ids, ascending=ascending)
-    save_vocab_mapping(mapping, output)
+    mapping.save(output)
     _print_counts(counts, mapping, special_ids)
     _line("sha256", mapping.sha256)
     _line("written to", str(output))
@@ -97,9 +97,9 @@ def build(
 @click.option("--vocab-size", type=click.IntRange(1), help="The target's vocabulary, for a file that has only ids.")
 def show(file: Path, vocab_size: int | None) -> None:
     """Describe the mapping in FILE, which may be a draft checkpoint."""
-    from eagle_target.vocab.mapping_files import load_vocab_mapping  # a fast start
+    from eagle_target.contract.vocab_mapping import VocabMapping  # a fast start
 
-    mapping = load_vocab_mapping(file, vocab_size=vocab_size)
+    mapping = VocabMapping.from_file(file, vocab_size)
     ids = mapping.selected_token_ids
     more = ", ..." if len(ids) > _SHOWN_IDS else ""
     _line("draft vocabulary", f"{mapping.draft_vocab_size} of {mapping.vocab_size}")

@@ -8,15 +8,16 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from eagle_target.errors import VocabMappingError
+from eagle_target.vocab.mapping_files import WANTED, read_mapping_tensors, write_mapping_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from pathlib import Path
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,16 +186,44 @@ class VocabMapping:
 
     @classmethod
     def from_file(cls, path: str | Path, vocab_size: int | None = None) -> VocabMapping:
-        """From a `.safetensors` or torch file, see `vocabulary_files.load_vocab_mapping`."""
-        from eagle_target.vocab.mapping_files import load_vocab_mapping  # it imports this module
+        """From a `.safetensors`, `.pt`, `.bin` or `.pth` file, on the CPU.
 
-        return load_vocab_mapping(path, vocab_size=vocab_size)
+        The file has `selected_token_ids` `[draft_vocab]` and `selected_token_mask` `[vocab]`, or the offsets `d2t`
+        and the mask `t2d`; it may be a whole draft checkpoint, whose other weights are not read.
+
+        Args:
+            path: the file.
+            vocab_size: size of the target's vocabulary; needed where the file has no mask, checked where it has one.
+
+        Raises:
+            VocabMappingError: the file cannot be read, is unsafe, or does not have a valid mapping.
+        """
+        tensors, names, sha256 = read_mapping_tensors(Path(path))
+        try:
+            mapping = _assemble(tensors, names, vocab_size)
+            _check_sha256(mapping, sha256)
+            if vocab_size is not None:
+                mapping.check_target(vocab_size)
+        except VocabMappingError as error:
+            raise VocabMappingError(f"{path}: {error}") from error
+        return mapping
 
     def save(self, path: str | Path) -> None:
-        """To a `.safetensors` or torch file, see `vocabulary_files.save_vocab_mapping`."""
-        from eagle_target.vocab.mapping_files import save_vocab_mapping  # it imports this module
+        """To a file in both forms, ids with mask and `d2t` with `t2d`; a failure leaves no half-written file.
 
-        save_vocab_mapping(self, path)
+        The same mapping gives the same `.safetensors` bytes.
+
+        Raises:
+            VocabMappingError: the file cannot be written.
+        """
+        mapping = self.to("cpu")
+        tensors = {
+            "selected_token_ids": mapping.selected_token_ids.contiguous(),
+            "selected_token_mask": mapping.selected_token_mask.contiguous(),
+            "d2t": mapping.d2t,
+            "t2d": mapping.t2d.clone(),
+        }
+        write_mapping_tensors(tensors, Path(path), mapping.sha256)
 
     def coverage(self, counts: torch.Tensor) -> float:
         """Share of the counted tokens that the draft vocabulary has; 0 when nothing was counted."""
@@ -224,3 +253,49 @@ def _check_ids(ids: torch.Tensor, vocab_size: int) -> None:
     unique, counts = torch.unique(ids, return_counts=True)
     if len(unique) != len(ids):
         raise VocabMappingError(f"selected_token_ids has {int(unique[counts > 1][0])} more than once")
+
+
+def _assemble(tensors: dict[str, torch.Tensor], names: Iterable[str], vocab_size: int | None) -> VocabMapping:
+    mappings = []
+    any_mask = tensors.get("selected_token_mask", tensors.get("t2d"))
+    for ids_key, mask_key in (("selected_token_ids", "selected_token_mask"), ("d2t", "t2d")):
+        if ids_key not in tensors:
+            continue
+        ids, mask = _integers(ids_key, tensors[ids_key]), tensors.get(mask_key, any_mask)
+        if ids_key == "d2t":
+            ids = ids + torch.arange(len(ids))
+        if mask is not None:
+            mappings.append(VocabMapping(ids, mask.to(torch.bool)))
+        elif vocab_size is not None:
+            mappings.append(VocabMapping.from_ids(ids, vocab_size))
+        else:
+            raise VocabMappingError(
+                f"it has {ids_key} but no {mask_key}, so the size of the target's vocabulary is not known: "
+                "pass vocab_size (the target's config.json has it)"
+            )
+    if not mappings:
+        raise VocabMappingError(f"it has {_abridged(names)}: expected {WANTED}")
+    if len(set(mappings)) > 1:
+        raise VocabMappingError("its selected_token_ids and its d2t are two different mappings: remove one of them")
+    return mappings[0]
+
+
+def _check_sha256(mapping: VocabMapping, sha256: str | None) -> None:
+    if sha256 and sha256 != mapping.sha256:
+        raise VocabMappingError(
+            f"its content has sha256 {mapping.sha256}, its metadata says {sha256}: it was changed; build it again"
+        )
+
+
+def _integers(key: str, tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.dim() != 1 or tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise VocabMappingError(
+            f"{key} must be a vector of integers, got {tensor.dtype} {list(tensor.shape)}: save it as int64"
+        )
+    return tensor.to(torch.int64)
+
+
+def _abridged(names: Iterable[str], limit: int = 8) -> str:
+    known = sorted(names)
+    more = f" and {len(known) - limit} more" if len(known) > limit else ""
+    return ", ".join(known[:limit]) + more if known else "nothing"

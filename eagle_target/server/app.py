@@ -30,9 +30,9 @@ from eagle_target.server.bodies import (
     read_body,
     wait_for_answer,
 )
-from eagle_target.server.clients import client_routes, own_address_of
+from eagle_target.server.clients import MAX_CLIENT_LETTERS
 from eagle_target.server.http_limits import check_size, read_mapping_body
-from eagle_target.server.middleware import AUTHORIZED
+from eagle_target.server.middleware import AUTHORIZED, address_of, own_address_of
 from eagle_target.server.problems import (
     CLIENT_GONE,
     EXCHANGE,
@@ -55,7 +55,6 @@ if TYPE_CHECKING:
     from eagle_target.server.middleware import Exchange
 
 MAX_HELLO_BYTES = 1 << 16
-MAX_CLIENT_LETTERS = 64
 
 
 class TargetApp:
@@ -84,7 +83,8 @@ class TargetApp:
                 Route(messages.TRANSPORTS + "/{name}/channels/{channel}", self.renew_channel, methods=["PUT"]),
                 Route(messages.TRANSPORTS + "/{name}/channels/{channel}", self.close_channel, methods=["DELETE"]),
                 Route(messages.TRANSPORTS + "/{name}/channels/{channel}/messages", self.tell_channel, methods=["POST"]),
-                *client_routes(server.clients),
+                Route(messages.CLIENTS + "/{client}", self.renew_client, methods=["PUT"]),
+                Route(messages.CLIENTS + "/{client}", self.dismiss_client, methods=["DELETE"]),
             ],
             exception_handlers={
                 EagleTargetError: answer_problem,
@@ -212,6 +212,17 @@ class TargetApp:
         """Close a channel."""
         name, channel = request.path_params["name"], request.path_params["channel"]
         await run_in_threadpool(self.channels.close_channel, name, channel)
+        return Response(status_code=204)
+
+    async def renew_client(self, request: Request) -> Response:
+        """A client is there."""
+        clients = self.server.clients
+        clients.hear(request.path_params["client"][:MAX_CLIENT_LETTERS], address_of(request.scope))
+        return CheckedJson({"lease_seconds": clients.lease})
+
+    async def dismiss_client(self, request: Request) -> Response:
+        """A client leaves."""
+        self.server.clients.leave(request.path_params["client"][:MAX_CLIENT_LETTERS])
         return Response(status_code=204)
 
     def _end(self, exchange: Exchange) -> None:

@@ -1,4 +1,4 @@
-"""Which clients are connected, how a client says so, and whose requests pass."""
+"""Which clients are connected."""
 
 from __future__ import annotations
 
@@ -8,18 +8,8 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from starlette.responses import Response
-from starlette.routing import Route
-
-from eagle_target.protocol import messages
-from eagle_target.server.bodies import CheckedJson
-
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from starlette.requests import Request
-    from starlette.types import ASGIApp, Receive, Scope, Send
-
 
 MAX_CLIENTS = 4096
 MAX_CLIENT_LETTERS = 64
@@ -164,64 +154,3 @@ class Presences:
         for client, known in list(self._clients.items()):
             if not known.under_way and known.heard_at < oldest:
                 del self._clients[client]
-
-
-class PresenceGate:
-    """An ASGI application that notes whose requests pass; probes and scrapers are no clients.
-
-    Args:
-        app: what answers. presences: where clients are noted.
-    """
-
-    def __init__(self, app: ASGIApp, presences: Presences) -> None:
-        self._app = app
-        self._presences = presences
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, and count it as its client's sign of life."""
-        path, address = scope["path"], address_of(scope)
-        client = header_of(scope, messages.CLIENT)
-        if not client and path == messages.SUPERVISION:
-            client = address
-        if not client or not path.startswith("/v1/"):
-            await self._app(scope, receive, send)
-            return
-        # What a client sends while it ends must not make it one that is there.
-        connects = not path.startswith((messages.CLIENTS, messages.TRANSPORTS)) or scope["method"] == "POST"
-        with self._presences.request(client[:MAX_CLIENT_LETTERS], address, connects=connects):
-            await self._app(scope, receive, send)
-
-
-def address_of(scope: Scope) -> str:
-    """The address a request comes from."""
-    return scope["client"][0] if scope.get("client") else ""
-
-
-def own_address_of(scope: Scope) -> str:
-    """The address of this machine that a request's connection came in at."""
-    return scope["server"][0] if scope.get("server") else ""
-
-
-def header_of(scope: Scope, name: str) -> str:
-    """A request's header; empty where it has none."""
-    wanted = name.lower().encode()
-    return next((value.decode("latin-1") for key, value in scope["headers"] if key == wanted), "")
-
-
-def client_routes(presences: Presences) -> list[Route]:
-    """Renew and end a client's presence."""
-
-    async def renew(request: Request) -> Response:
-        presences.hear(_client_of(request), address_of(request.scope))
-        return CheckedJson({"lease_seconds": presences.lease})
-
-    async def leave(request: Request) -> Response:
-        presences.leave(_client_of(request))
-        return Response(status_code=204)
-
-    path = messages.CLIENTS + "/{client}"
-    return [Route(path, renew, methods=["PUT"]), Route(path, leave, methods=["DELETE"])]
-
-
-def _client_of(request: Request) -> str:
-    return str(request.path_params["client"])[:MAX_CLIENT_LETTERS]

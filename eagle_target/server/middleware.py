@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from eagle_target.auth import Tokens
 from eagle_target.errors import ConfigError
 from eagle_target.protocol import messages
+from eagle_target.server.clients import MAX_CLIENT_LETTERS
 from eagle_target.server.log import FIELDS, Subject, printable, set_subject
 from eagle_target.server.problems import EXCHANGE, problem
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from eagle_target.config import ServerConfig
+    from eagle_target.server.clients import Presences
 
 logger = logging.getLogger(__name__)
 
@@ -234,3 +236,45 @@ def _log(exchange: Exchange) -> None:
     }
     shown = " ".join(f"{name}={value}" for name, value in fields.items())
     logger.log(level, "answered %s", shown, extra={FIELDS: fields})
+
+
+class PresenceGate:
+    """An ASGI application that notes whose requests pass; probes and scrapers are no clients.
+
+    Args:
+        app: what answers. presences: where clients are noted.
+    """
+
+    def __init__(self, app: ASGIApp, presences: Presences) -> None:
+        self._app = app
+        self._presences = presences
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, and count it as its client's sign of life."""
+        path, address = scope["path"], address_of(scope)
+        client = header_of(scope, messages.CLIENT)
+        if not client and path == messages.SUPERVISION:
+            client = address
+        if not client or not path.startswith("/v1/"):
+            await self._app(scope, receive, send)
+            return
+        # What a client sends while it ends must not make it one that is there.
+        connects = not path.startswith((messages.CLIENTS, messages.TRANSPORTS)) or scope["method"] == "POST"
+        with self._presences.request(client[:MAX_CLIENT_LETTERS], address, connects=connects):
+            await self._app(scope, receive, send)
+
+
+def address_of(scope: Scope) -> str:
+    """The address a request comes from."""
+    return scope["client"][0] if scope.get("client") else ""
+
+
+def own_address_of(scope: Scope) -> str:
+    """The address of this machine that a request's connection came in at."""
+    return scope["server"][0] if scope.get("server") else ""
+
+
+def header_of(scope: Scope, name: str) -> str:
+    """A request's header; empty where it has none."""
+    wanted = name.lower().encode()
+    return next((value.decode("latin-1") for key, value in scope["headers"] if key == wanted), "")

@@ -18,11 +18,10 @@ from eagle_target.errors import ConfigError, EngineStuck
 from eagle_target.plugins.registry import load_plugins
 from eagle_target.server.app import TargetApp
 from eagle_target.server.channels import Channels
-from eagle_target.server.clients import PresenceGate
 from eagle_target.server.engine.server import TargetModelServer
 from eagle_target.server.exits import UnusedWatch
 from eagle_target.server.http_limits import limited_connections
-from eagle_target.server.middleware import ObservedApp, TokenGate, make_tls, open_tokens
+from eagle_target.server.middleware import ObservedApp, PresenceGate, TokenGate, make_tls, open_tokens
 from eagle_target.targets import load_runner
 
 if TYPE_CHECKING:

@@ -12,15 +12,17 @@ import pytest
 import torch
 from eagle_target_nccl.device_tensors import DeviceTensors
 from eagle_target_nccl.groups import SERVER, PairGroup
+from eagle_target_nccl.options import NcclOptions
 from eagle_target_nccl.outbox import Parcel
 from eagle_target_nccl.proofs import DIGESTS
-from eagle_target_nccl.transport import NcclOptions, NcclTransport
+from eagle_target_nccl.transport import NcclTransport
 from eagle_target_shm.cuda import SegmentPool
 from eagle_target_shm.hosts import this_host
 from eagle_target_shm.memory import SharedTensors
+from eagle_target_shm.options import ShmOptions
 from eagle_target_shm.segment import PROBE_BYTES
 from eagle_target_shm.server import ShmServerEndpoint
-from eagle_target_shm.transport import ShmOptions, ShmTransport
+from eagle_target_shm.transport import ShmTransport
 
 from eagle_target.backend import BatchForm, RequestingBackend
 from eagle_target.client.remote import RemoteEagle3TargetModel

@@ -16,8 +16,8 @@ from hypothesis.extra import numpy as arrays
 from eagle_target.auth import read_tokens
 from eagle_target.compute.layout import read_trainer_rows
 from eagle_target.config import ClientConfig, ServerConfig, load_config, read_environment
+from eagle_target.contract.vocab_mapping import VocabMapping
 from eagle_target.plugins.options import parse_assignments, parse_value
-from eagle_target.vocab.mapping_files import load_vocab_mapping, save_vocab_mapping
 from eagle_target.vocab.record_files import RecordFiles
 from tests.fuzz.budget import tries
 from tests.fuzz.mutations import json_values, mutated, value_or_typed_error
@@ -74,7 +74,7 @@ def parquet_file() -> bytes:
 @given(mutated(mapping_file(".safetensors")), st.sampled_from([None, VOCAB_SIZE, 5]))
 def test_a_mapping_as_safetensors(folder: Path, data: bytes, vocab_size: int | None) -> None:
     path = written(folder, "mapping.safetensors", data)
-    value_or_typed_error(lambda: load_vocab_mapping(path, vocab_size=vocab_size))
+    value_or_typed_error(lambda: VocabMapping.from_file(path, vocab_size=vocab_size))
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -82,7 +82,7 @@ def test_a_mapping_as_safetensors(folder: Path, data: bytes, vocab_size: int | N
 @given(mutated(mapping_file(".pt"), mapping_file(".bin")), st.sampled_from([".pt", ".bin", ".pth"]))
 def test_a_mapping_as_a_checkpoint(folder: Path, data: bytes, suffix: str) -> None:
     path = written(folder, f"mapping{suffix}", data)
-    value_or_typed_error(lambda: load_vocab_mapping(path))
+    value_or_typed_error(lambda: VocabMapping.from_file(path))
 
 
 @tries(2)
@@ -90,12 +90,12 @@ def test_a_mapping_as_a_checkpoint(folder: Path, data: bytes, suffix: str) -> No
 def test_a_mapping_of_offsets_nobody_expects(folder: Path, offsets: list[int], size: int) -> None:
     path = folder / "offsets.pt"
     torch.save({"d2t": torch.tensor(offsets, dtype=torch.int64), "t2d": torch.ones(max(size, 0))}, path)
-    value_or_typed_error(lambda: load_vocab_mapping(path, vocab_size=size))
+    value_or_typed_error(lambda: VocabMapping.from_file(path, vocab_size=size))
 
 
 def test_a_mapping_as_it_was_saved(folder: Path) -> None:
-    save_vocab_mapping(mapping_of(), folder / "saved.safetensors")
-    assert load_vocab_mapping(folder / "saved.safetensors") == mapping_of()
+    mapping_of().save(folder / "saved.safetensors")
+    assert VocabMapping.from_file(folder / "saved.safetensors") == mapping_of()
 
 
 @tries(3)

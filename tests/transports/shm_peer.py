@@ -6,8 +6,8 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
+from eagle_target_shm.options import ShmOptions
 from eagle_target_shm.server import ShmServerChannel, ShmServerEndpoint
-from eagle_target_shm.transport import ShmOptions
 
 from eagle_target.errors import EagleTargetError
 from eagle_target.testing.transport_harness import DTYPES, random_tensor

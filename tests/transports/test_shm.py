@@ -17,9 +17,10 @@ from eagle_target_shm import client, server
 from eagle_target_shm.doorway import NAME_BYTES, Invitation, enter
 from eagle_target_shm.hosts import this_host
 from eagle_target_shm.memory import SharedTensors
+from eagle_target_shm.options import ShmOptions
 from eagle_target_shm.server import ShmServerChannel, ShmServerEndpoint
 from eagle_target_shm.tickets import CONTENT_TYPE
-from eagle_target_shm.transport import ShmOptions, ShmTransport
+from eagle_target_shm.transport import ShmTransport
 
 from eagle_target.contract.sinks import PackedTensors
 from eagle_target.errors import ConnectError, ProtocolError, RequestTooLarge, TransferTimeout

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from eagle_target.plugins.transport import ControlPlane, IncomingBody
     from eagle_target_nccl.groups import PairGroup
     from eagle_target_nccl.layout import Ticket
+    from eagle_target_nccl.options import NcclOptions
     from eagle_target_nccl.proofs import Digest
-    from eagle_target_nccl.transport import NcclOptions
 
 logger = logging.getLogger(__name__)
 

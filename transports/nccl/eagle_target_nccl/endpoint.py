@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from eagle_target_nccl.meetings import Meeting
-    from eagle_target_nccl.transport import NcclOptions
+    from eagle_target_nccl.options import NcclOptions
 
 
 class NcclServerEndpoint(ServerEndpoint):

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from eagle_target_nccl.groups import PairGroup
     from eagle_target_nccl.meetings import Meeting
-    from eagle_target_nccl.transport import NcclOptions
+    from eagle_target_nccl.options import NcclOptions
 
 logger = logging.getLogger(__name__)
 

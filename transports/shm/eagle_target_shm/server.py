@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from eagle_target.contract.sinks import PackedTensors
     from eagle_target_shm.arena import Loan
     from eagle_target_shm.doorway import Invitation
-    from eagle_target_shm.transport import ShmOptions
+    from eagle_target_shm.options import ShmOptions
 
     Lent = dict[str, tuple[Loan, dict[str, int]]]
 
