@@ -23,13 +23,13 @@ endif
 
 .PHONY: help env demo test test-core test-cuda-sim test-cuda-sim-mutants test-vllm test-sglang test-engines lint docs \
 	bench-wire bench-projection bench-transports bench-vllm bench-vllm-layouts bench-sglang bench-server \
-	bench-fingerprint sweep-architectures soak fuzz faults clean
+	bench-fingerprint batch-path sweep-architectures soak fuzz faults clean
 
 help:
 	@sed -n 's/^# //p' Makefile
 	@echo "targets: env demo test test-core test-cuda-sim test-cuda-sim-mutants test-vllm test-sglang test-engines lint docs"
 	@echo "         bench-wire bench-projection bench-transports bench-vllm bench-vllm-layouts bench-sglang bench-server"
-	@echo "         bench-fingerprint sweep-architectures soak fuzz faults clean"
+	@echo "         bench-fingerprint batch-path sweep-architectures soak fuzz faults clean"
 
 env: $(READY)
 
@@ -112,6 +112,9 @@ bench-server: $(READY)
 
 bench-fingerprint: $(READY)
 	$(BIN)/python -m benchmarks.fingerprint
+
+batch-path: $(READY)
+	$(BIN)/python -m benchmarks.batch_path
 
 sweep-architectures: $(READY)
 	$(BIN)/python -m benchmarks.sweep_architectures --write

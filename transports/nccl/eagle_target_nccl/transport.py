@@ -5,13 +5,13 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from eagle_target.plugins.options import PluginOptions
 from eagle_target.plugins.transport import ClientChannel, ServerEndpoint, Transport
 from eagle_target_nccl.options import NcclOptions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from eagle_target.plugins.options import PluginOptions
     from eagle_target.plugins.transport import ControlPlane
 
 

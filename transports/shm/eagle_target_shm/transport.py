@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from eagle_target.plugins.options import PluginOptions
 from eagle_target.plugins.transport import ClientChannel, ServerEndpoint, Transport
 from eagle_target_shm.options import ShmOptions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from eagle_target.plugins.options import PluginOptions
     from eagle_target.plugins.transport import ControlPlane
 
 
