@@ -44,7 +44,9 @@ demo: $(READY)
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --ignore tests/cuda_sim
-	$(MAKE) test-cuda-sim test-vllm test-sglang test-engines
+	$(MAKE) test-cuda-sim
+	$(MAKE) -j 2 --output-sync=target test-vllm test-sglang
+	$(MAKE) test-engines
 
 test-core: $(READY)
 	$(BIN)/python -m pytest tests/core tests/vocab tests/test_tensor_format.py tests/test_config.py tests/test_plugins.py

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 SHORTEST_TOKEN = 16
 LONGEST_TOKEN = 4096
 MAX_FILE_BYTES = 1 << 20
+FIELDS = ("token", "token_file", "ca_file", "client_cert", "client_key")
 
 
 class Tokens:
@@ -120,9 +121,6 @@ def _state_of(path: Path) -> tuple[int, int, int] | None:
     except OSError:
         return None
     return state.st_ino, state.st_size, state.st_mtime_ns
-
-
-FIELDS = ("token", "token_file", "ca_file", "client_cert", "client_key")
 
 
 class AccessFiles(TypedDict, total=False):

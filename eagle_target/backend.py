@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from eagle_target.contract.target import TargetInfo
     from eagle_target.errors import EagleTargetError
 
+ARGUMENTS = ("input_ids", "attention_mask", "loss_mask", "position_ids", "seq_lens", "doc_remaining")
+REQUIRED = ARGUMENTS[:3]
+
 
 class BatchHandle(Protocol):
     """A batch that is on its way; a `concurrent.futures.Future` is one."""
@@ -318,10 +321,6 @@ class RequestingBackend(Eagle3TargetBackend):
     def _check_open(self) -> None:
         if self._closed:
             raise self._closed_error()
-
-
-ARGUMENTS = ("input_ids", "attention_mask", "loss_mask", "position_ids", "seq_lens", "doc_remaining")
-REQUIRED = ARGUMENTS[:3]
 
 
 class Prefetch:

@@ -12,6 +12,8 @@ from eagle_target.errors import ContractError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+NUM_AUX_LAYERS = 3
+
 
 class TargetInfo(BaseModel):
     """Facts about a loaded target; plain data, no tensor and no torch."""
@@ -61,9 +63,6 @@ class ServedTarget(BaseModel):
         if self.info.weights is None or other.info.weights is None:
             compared.insert(0, "model")
         return [f"{name}: {mine[name]} != {theirs[name]}" for name in compared if mine[name] != theirs[name]]
-
-
-NUM_AUX_LAYERS = 3
 
 
 def default_eagle3_aux_layer_ids(num_layers: int) -> tuple[int, int, int]:

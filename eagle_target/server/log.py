@@ -19,7 +19,16 @@ if TYPE_CHECKING:
 
     import torch
 
+LogFormat = Literal["text", "json"]
+FIELDS = "fields"
+CONTINUED = "\n  | "
+NO_PROGRESS_BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")
+# Of what a stranger sent, in a line.
 MAX_LETTERS = 64
+
+NUMBER = re.compile(r"\d+")
+FRAME = '  File "'
+HIDDEN = "#"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +67,6 @@ def printable(text: str) -> str:
     return "".join(letter if "!" <= letter <= "~" else "?" for letter in text[:MAX_LETTERS])
 
 
-NUMBER = re.compile(r"\d+")
-FRAME = '  File "'
-HIDDEN = "#"
-
-
 def hide_ids(text: str, input_ids: torch.Tensor) -> str:
     """A traceback's text with every number that is one of the ids `[tokens]` hidden, but for numbers of lines."""
     ids = {str(token) for token in input_ids.tolist()}
@@ -86,12 +90,6 @@ def _hide_argument(argument: object, input_ids: torch.Tensor) -> object:
 
 def _hide(line: str, ids: set[str]) -> str:
     return NUMBER.sub(lambda match: HIDDEN if match[0] in ids else match[0], line)
-
-
-LogFormat = Literal["text", "json"]
-FIELDS = "fields"
-CONTINUED = "\n  | "
-NO_PROGRESS_BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")
 
 
 def configure_logging(log_format: LogFormat, level: str) -> None:
