@@ -13,7 +13,13 @@ if TYPE_CHECKING:
 
 SAMPLE_SECONDS = 5.0
 SAMPLES = 120
-STAGES = ("read", "queue", "forward", "projection", "send")
+STAGES = {
+    "read": "the request's body comes in",
+    "queue": "waits for engine and room",
+    "forward": "the target runs",
+    "projection": "logits, argmax, draft columns",
+    "send": "until the answer is sent",
+}
 
 
 @dataclass(slots=True)
@@ -23,6 +29,11 @@ class StageTime:
     requests: int = 0
     seconds: float = 0.0
     longest: float = 0.0
+
+    @property
+    def mean(self) -> float:
+        """Seconds of a request."""
+        return self.seconds / self.requests
 
     def add(self, other: StageTime) -> None:
         """Count another's requests too."""

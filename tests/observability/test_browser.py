@@ -64,7 +64,7 @@ def test_the_page_is_shown_and_breaks_no_rule_of_its_own(server: HttpServer, tmp
     done = browse(tmp_path, server.url + "/", "--dump-dom")
 
     assert complaints(done) == []
-    assert re.search(r'<span class="state good">ready</span>', done.stdout)
+    assert re.search(r'<span class="state ready">ready</span>', done.stdout)
     assert done.stdout.count("<figure>") == 2
     for client in server.engine.connected_clients():
         assert f"<code>{client.id}</code>" in done.stdout
@@ -118,7 +118,7 @@ def test_it_says_when_the_server_answers_no_more(
     assert len(shown) > 2
     assert done.stdout.count('class="stale"') == 1
     assert "The server does not answer since" in done.stdout
-    assert '<span class="state good">ready</span>' in done.stdout, "what was known last stays"
+    assert '<span class="state ready">ready</span>' in done.stdout, "what was known last stays"
 
 
 def test_a_browser_gets_in_with_the_token_as_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

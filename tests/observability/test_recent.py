@@ -1,15 +1,14 @@
-"""The ring of samples, figures, plots and elements the status page is made of."""
+"""The ring of samples, the figures and the plots the status page is made of."""
 
 from __future__ import annotations
 
 import re
 
 import pytest
+from jinja2 import UndefinedError
 
 from eagle_target.server.recent import SAMPLE_SECONDS, SAMPLES, Recent
-from eagle_target.server.status.figures import show_bytes, show_count, show_duration, show_seconds
-from eagle_target.server.status.markup import Markup, element, join, void
-from eagle_target.server.status.plot import nice_ceiling, plot
+from eagle_target.server.status.environment import ceiling, duration, environment, grouped, seconds, si, utc
 
 
 class Clock:
@@ -77,47 +76,48 @@ def test_stages_and_problems_are_summed_up() -> None:
 @pytest.mark.parametrize(
     ("shown", "text"),
     [
-        (show_count(0), "0"),
-        (show_count(7), "7"),
-        (show_count(999.4), "999"),
-        (show_count(999.6), "1 k"),
-        (show_count(1234567), "1.23 M"),
-        (show_bytes(None), "-"),
-        (show_bytes(0), "0 B"),
-        (show_bytes(8 << 30), "8.59 GB"),
-        (show_seconds(0.00012), "0.12 ms"),
-        (show_seconds(0.0123), "12.3 ms"),
-        (show_seconds(75), "75 s"),
-        (show_duration(0.4), "0 s"),
-        (show_duration(184), "3 min 4 s"),
-        (show_duration(3600), "1 h"),
-        (show_duration(7 * 86400 + 8 * 3600 + 59), "7 d 8 h"),
+        (si(0), "0"),
+        (si(7), "7"),
+        (si(999.4), "999"),
+        (si(999.6), "1 k"),
+        (si(1234567), "1.23 M"),
+        (si(None, "B"), "-"),
+        (si(0, "B"), "0 B"),
+        (si(8 << 30, "B"), "8.59 GB"),
+        (seconds(0.00012), "0.12 ms"),
+        (seconds(0.0123), "12.3 ms"),
+        (seconds(75), "75 s"),
+        (duration(0.4), "0 s"),
+        (duration(184), "3 min 4 s"),
+        (duration(3600), "1 h"),
+        (duration(7 * 86400 + 8 * 3600 + 59), "7 d 8 h"),
+        (grouped(1234567.4), "1,234,567"),
+        (grouped(None), ""),
+        (utc(0), "1970-01-01 00:00:00 UTC"),
     ],
 )
-def test_figures_have_three_digits_and_a_unit(shown: str, text: str) -> None:
+def test_figures_are_as_people_read_them(shown: str, text: str) -> None:
     assert shown == text
 
 
 @pytest.mark.parametrize(
-    ("value", "ceiling"),
+    ("value", "end"),
     [(0, 1), (0.28, 0.3), (0.02, 0.02), (1, 1), (1.1, 2), (999, 1000), (20_200, 30_000), (5e9, 6e9)],
 )
-def test_the_axis_ends_at_a_round_number(value: float, ceiling: float) -> None:
-    assert nice_ceiling(value) == pytest.approx(ceiling)
+def test_the_axis_ends_at_a_round_number(value: float, end: float) -> None:
+    assert ceiling(value) == pytest.approx(end)
 
 
 def test_a_plot_stays_in_its_frame() -> None:
-    drawn = plot("Tokens", [0.0, 5.0, 10.0], [False, True, False], seconds=5.0, show=show_count)
-    points = re.search(r'<polyline points="([^"]+)"', drawn)
+    source = """{% from "status/plot.html" import plot %}{{ plot("<Tokens>", [0, 25, 50], [0, 1, 0], 5.0) }}"""
+    drawn = environment().from_string(source).render()
+    points = re.search(r'<polyline class="line" points="([^"]+)"', drawn)
     assert points is not None
     assert points[1] == "100.0,120.0 300.0,60.0 500.0,0.0"
     assert drawn.count("<rect") == 1
-    assert 'aria-label="Tokens: at most 10, last 10"' in drawn
+    assert 'aria-label="&lt;Tokens&gt;: at most 10, last 10"' in drawn
 
 
-def test_elements_escape_what_is_no_markup() -> None:
-    assert element("a", "<", Markup("<b></b>"), title='"', class_="x", id=None) == (
-        '<a title="&quot;" class="x">&lt;<b></b></a>'
-    )
-    assert join("&", element("i")) == "&amp;<i></i>"
-    assert void("meta", http_equiv="refresh", name="n") == '<meta http-equiv="refresh" name="n">'
+def test_a_figure_that_a_template_misspells_is_an_error() -> None:
+    with pytest.raises(UndefinedError, match="no_such_figure"):
+        environment().from_string("{{ no_such_figure }}").render()

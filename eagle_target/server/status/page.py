@@ -5,14 +5,13 @@ from __future__ import annotations
 import base64
 import hashlib
 from functools import cache
-from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from starlette.responses import HTMLResponse, Response
 
-from eagle_target.server.status.markup import Markup, element, join, void
+from eagle_target.server.recent import SAMPLE_SECONDS, SAMPLES, STAGES
+from eagle_target.server.status.environment import asset, environment
 from eagle_target.server.status.report import gather
-from eagle_target.server.status.sections import sections
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from eagle_target.server.status.report import Report
 
 RELOAD_SECONDS = 10
+MAX_CLIENTS = 100
 
 
 class StatusPage:
@@ -43,17 +43,19 @@ class StatusPage:
 
 def render(report: Report) -> str:
     """The whole page; without scripts the browser loads it anew, with them its content is exchanged in place."""
-    head = element(
-        "head",
-        void("meta", charset="utf-8"),
-        void("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        void("link", rel="icon", href="data:,"),
-        element("noscript", void("meta", http_equiv="refresh", content=RELOAD_SECONDS)),
-        element("title", f"{report.state}: {report.model}"),
-        element("style", _asset("status.css")),
+    return (
+        environment()
+        .get_template("status/status.html")
+        .render(
+            report=report,
+            script=asset("status.js"),
+            reload_seconds=RELOAD_SECONDS,
+            max_clients=MAX_CLIENTS,
+            sample_seconds=SAMPLE_SECONDS,
+            window=SAMPLES * SAMPLE_SECONDS,
+            stages=STAGES,
+        )
     )
-    body = element("body", element("main", sections(report)), element("script", _asset("status.js")))
-    return "<!doctype html>\n" + join(element("html", head, body, lang="en"))
 
 
 @cache
@@ -61,7 +63,7 @@ def page_headers() -> dict[str, str]:
     """Headers under which a browser runs nothing but what is ours and asks nobody but us."""
     policy = (
         "default-src 'none'",
-        f"style-src '{_digest('status.css')}'",
+        f"style-src '{_digest('style.css')}'",
         f"script-src '{_digest('status.js')}'",
         "connect-src 'self'",
         "img-src data:",
@@ -78,10 +80,5 @@ def page_headers() -> dict[str, str]:
     }
 
 
-@cache
-def _asset(name: str) -> Markup:
-    return Markup(files("eagle_target.server").joinpath("assets", name).read_text(encoding="utf-8"))
-
-
 def _digest(name: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(_asset(name).encode()).digest()).decode()
+    return "sha256-" + base64.b64encode(hashlib.sha256(asset(name).encode()).digest()).decode()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from eagle_target.errors import Unavailable
+from eagle_target.server.recent import SAMPLE_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from eagle_target.server.engine.server import TargetModelServer
     from eagle_target.server.metrics import Metrics
     from eagle_target.server.recent import Rates, Sample, SeenProblem, StageTime
+
+# What a server that has just started shows of its throughput.
+FIRST_SAMPLES = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +54,6 @@ class Report:
     max_queue: int
     outbox_bytes: int
     max_outbox_bytes: int
-    cache_bytes: int | None
     memory_bytes: float | None
     tokens: float
     requests: float
@@ -64,6 +67,9 @@ def gather(server: TargetModelServer, channels: Channels, metrics: Metrics, conf
     """Look at a server."""
     served = _served(server)
     recent, look = metrics.recent, metrics.look()
+    samples = recent.samples()
+    if recent.uptime < FIRST_SAMPLES * SAMPLE_SECONDS:
+        samples = samples[-FIRST_SAMPLES:]
     return Report(
         version=importlib.metadata.version("eagle-target"),
         model=config.model if served is None else served.info.model,
@@ -74,13 +80,12 @@ def gather(server: TargetModelServer, channels: Channels, metrics: Metrics, conf
         served=served,
         encodings=() if served is None else server.encodings,
         rates=recent.rates(),
-        samples=recent.samples(),
+        samples=samples,
         stages=recent.stages(),
         waiting=server.waiting,
         max_queue=config.max_queue,
         outbox_bytes=server.outbox.held_bytes,
         max_outbox_bytes=config.max_outbox_bytes,
-        cache_bytes=None if server.cache is None else server.cache.held_bytes,
         memory_bytes=look.total("process_resident_memory_bytes"),
         tokens=look.total("eagle_target_tokens_total") or 0.0,
         requests=look.total("eagle_target_request_seconds_count") or 0.0,
