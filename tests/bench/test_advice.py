@@ -6,9 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from eagle_target.bench.advice import Rates, advise
 from eagle_target.bench.measuring import Cell, Endpoint
-from eagle_target.bench.report import advice_lines, nine_of_ten, rates_of
+from eagle_target.bench.report import Rates, advice_lines, advise, nine_of_ten, rates_of
 from eagle_target.errors import ConfigError
 from eagle_target.verify.workload import Workload
 
