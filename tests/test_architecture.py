@@ -123,6 +123,7 @@ TEST_KIT = [
     "ServedAdapterConformance",
     "TransportConformance",
     "WholeCheckpointConformance",
+    "assert_same_batch",
     "loopback_server",
     "save_tiny_target",
     "server_process",

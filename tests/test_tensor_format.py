@@ -21,7 +21,8 @@ from eagle_target.protocol.tensors import (
     encode_tensors,
     writable_bytes,
 )
-from eagle_target.testing.transport_harness import assert_same_bits, random_tensor
+from eagle_target.testing.comparison import assert_same_bits
+from eagle_target.testing.transport_harness import random_tensor
 
 SHAPES = [(), (1,), (0,), (7, 3), (0, 5), (5, 0), (2, 3, 4)]
 fuzz = settings(deadline=None, derandomize=True, database=None, max_examples=300)

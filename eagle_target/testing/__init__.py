@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from eagle_target.testing.adapter_checkpoints import WholeCheckpointConformance
     from eagle_target.testing.adapter_served import ServedAdapterConformance
     from eagle_target.testing.adapters import AdapterConformance, BatchInvariantAdapter, BFloat16Adapter
+    from eagle_target.testing.comparison import assert_same_batch
     from eagle_target.testing.server import loopback_server, server_process
     from eagle_target.testing.tiny import EmbeddingRunner, save_tiny_target, shuffled_mapping
     from eagle_target.testing.transport_harness import MemoryControl
@@ -28,6 +29,7 @@ _HOMES = {
     "ServedAdapterConformance": "adapter_served",
     "TransportConformance": "transports",
     "WholeCheckpointConformance": "adapter_checkpoints",
+    "assert_same_batch": "comparison",
     "loopback_server": "server",
     "save_tiny_target": "tiny",
     "server_process": "server",
@@ -35,7 +37,7 @@ _HOMES = {
 }
 _WITH_ASSERTS = (
     *("adapters", "adapter_checkpoints", "adapter_contract", "adapter_oracle", "adapter_served", "adapter_suite"),
-    *("transports", "transport_harness", "transport_server", "transport_suite"),
+    *("comparison", "transports", "transport_harness", "transport_server", "transport_suite"),
 )
 
 __all__ = [
@@ -48,6 +50,7 @@ __all__ = [
     "ServedAdapterConformance",
     "TransportConformance",
     "WholeCheckpointConformance",
+    "assert_same_batch",
     "loopback_server",
     "save_tiny_target",
     "server_process",

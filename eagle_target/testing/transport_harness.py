@@ -228,13 +228,3 @@ def random_tensor(shape: Sequence[int], dtype: torch.dtype, *, seed: int = 0) ->
     count = torch.Size(shape).numel() * dtype.itemsize
     raw = torch.randint(0, 256, (count,), generator=draw, dtype=torch.uint8)
     return raw.view(dtype).view(tuple(shape))
-
-
-def assert_same_bits(given: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
-    """Whether two sets of tensors are the same in names, dtypes, shapes and bits."""
-    assert {*given} == {*expected}, f"tensors {sorted(given)}, expected {sorted(expected)}"
-    for name, wanted in expected.items():
-        made = given[name].cpu()
-        assert (made.dtype, made.shape) == (wanted.dtype, wanted.shape), f"{name} is {made.dtype} {list(made.shape)}"
-        pair = [tensor.cpu().contiguous().flatten().view(torch.uint8) for tensor in (made, wanted)]
-        assert torch.equal(*pair), f"{name} has other bits"

@@ -16,9 +16,10 @@ from eagle_target.colocated import RunnerEagle3TargetModel
 from eagle_target.contract.request import SupervisionRequest
 from eagle_target.contract.sinks import PackedTensors
 from eagle_target.errors import TransferTimeout, TransportError
+from eagle_target.testing.comparison import assert_same_bits
 from eagle_target.testing.server import embedding_process, loopback_server
 from eagle_target.testing.tiny import EmbeddingRunner, shuffled_mapping
-from eagle_target.testing.transport_harness import ServerClient, WatchedBody, assert_same_bits
+from eagle_target.testing.transport_harness import ServerClient, WatchedBody
 from eagle_target.testing.transport_suite import TransportSuite
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from eagle_target.plugins.options import build_model
-from eagle_target.testing.transport_harness import ChannelPair, assert_same_bits, random_tensor
+from eagle_target.testing.comparison import assert_same_bits
+from eagle_target.testing.transport_harness import ChannelPair, random_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -23,12 +23,12 @@ from eagle_target.contract.sinks import PackedTensors
 from eagle_target.errors import ConfigError, ProtocolError, TransportError
 from eagle_target.plugins.options import PluginOptions, build_model
 from eagle_target.plugins.registry import load_plugins
+from eagle_target.testing.comparison import assert_same_bits
 from eagle_target.testing.transport_harness import (
     DTYPES,
     ChannelPair,
     MemoryBody,
     ScatteringSink,
-    assert_same_bits,
     random_tensor,
     scattered_positions,
 )

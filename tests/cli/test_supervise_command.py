@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from eagle_target import RunnerEagle3TargetModel
+from eagle_target.testing.comparison import assert_same_bits
 from eagle_target.testing.tiny import EmbeddingRunner, shuffled_mapping
-from eagle_target.testing.transport_harness import assert_same_bits
 
 if TYPE_CHECKING:
     from collections.abc import Callable

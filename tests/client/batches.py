@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from eagle_target.colocated import RunnerEagle3TargetModel
+from eagle_target.testing.comparison import assert_same_batch as assert_same_batch  # noqa: PLC0414
 from eagle_target.testing.tiny import EmbeddingRunner
 from tests.server.cases import POISON, VOCAB_SIZE, mapping_of
 
@@ -35,12 +36,3 @@ def expected_batch(
     with RunnerEagle3TargetModel(EmbeddingRunner(), **options) as target:
         target.set_vocab_mapping(mapping or mapping_of())
         return target.generate_batch(**trainer_rows)
-
-
-def assert_same_batch(given: Eagle3TargetBatch, expected: Eagle3TargetBatch) -> None:
-    """Same fields, and the same bits."""
-    ours, theirs = given.tensors(), expected.tensors()
-    assert [*ours] == [*theirs]
-    for name, tensor in theirs.items():
-        assert ours[name].dtype == tensor.dtype
-        assert torch.equal(ours[name], tensor), name

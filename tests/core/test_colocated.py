@@ -16,6 +16,7 @@ from eagle_target.colocated import RunnerEagle3TargetModel
 from eagle_target.contract.runner import TargetForward
 from eagle_target.contract.vocab_mapping import VocabMapping
 from eagle_target.errors import AdapterError, ContractError, VocabMappingError
+from eagle_target.testing.comparison import assert_same_batch
 from eagle_target.testing.tiny import EmbeddingRunner, shuffled_mapping
 from tests.core.layouts import LAYOUTS, mask_of, packed_masks, padded_masks
 from tests.oracle import assert_matches, oracle_batch
@@ -72,13 +73,6 @@ def check_against_oracle(
         full_forward, *rows, selected_token_ids=selected, seq_lens=seq_lens, rows=policy, encoding=encoding
     )
     assert_matches(batch.tensors(), expected)
-
-
-def assert_same(made: Eagle3TargetBatch, expected: Eagle3TargetBatch) -> None:
-    ours, theirs = made.tensors(), expected.tensors()
-    assert set(ours) == set(theirs)
-    for name, tensor in theirs.items():
-        assert torch.equal(ours[name], tensor), name
 
 
 PADDED = rows_for(mask_of("111110", "011111"))
@@ -231,7 +225,7 @@ def test_mapping_is_taken_in_every_form(encoding: Encoding) -> None:
     tensors.set_vocab_mapping(MAPPING.selected_token_ids, MAPPING.selected_token_mask)
     ids.set_vocab_mapping(MAPPING.selected_token_ids)  # type: ignore[call-overload]
     for target in (tensors, ids):
-        assert_same(target.generate_batch(*PADDED), expected)
+        assert_same_batch(target.generate_batch(*PADDED), expected)
 
 
 def test_bad_mapping_is_refused_and_the_old_one_stays() -> None:
@@ -241,7 +235,7 @@ def test_bad_mapping_is_refused_and_the_old_one_stays() -> None:
         target.set_vocab_mapping(shuffled_mapping(54, 20))
     with pytest.raises(VocabMappingError, match="disagrees"):
         target.set_vocab_mapping(MAPPING.selected_token_ids, ~MAPPING.selected_token_mask)
-    assert_same(target.generate_batch(*PADDED), expected)
+    assert_same_batch(target.generate_batch(*PADDED), expected)
 
 
 @pytest.mark.parametrize("encoding", ["probs", "hidden"])
@@ -253,7 +247,7 @@ def test_without_a_mapping_nothing_is_run(encoding: Encoding) -> None:
 
 
 def test_logits_need_no_mapping() -> None:
-    assert_same(
+    assert_same_batch(
         target_of(None, encoding="logits").generate_batch(*PADDED), target_of(encoding="logits").generate_batch(*PADDED)
     )
 
@@ -276,8 +270,8 @@ def test_batches_on_their_way_keep_the_mapping_they_were_asked_with(encoding: En
         target.set_vocab_mapping(other)
         third = target.generate_batch_async(*PADDED)
         for handle in (first, second):
-            assert_same(handle.result(), target_of(encoding=encoding).generate_batch(*PADDED))
-        assert_same(third.result(), target_of(other, encoding=encoding).generate_batch(*PADDED))
+            assert_same_batch(handle.result(), target_of(encoding=encoding).generate_batch(*PADDED))
+        assert_same_batch(third.result(), target_of(other, encoding=encoding).generate_batch(*PADDED))
 
 
 # What is refused
@@ -373,7 +367,7 @@ def test_waiting_or_not_gives_the_same_bits(encoding: Encoding) -> None:
         assert target.supports_async
         handles = [target.generate_batch_async(*PADDED) for _ in range(3)]
         for handle in handles:
-            assert_same(handle.result(timeout=30), target.generate_batch(*PADDED))
+            assert_same_batch(handle.result(timeout=30), target.generate_batch(*PADDED))
 
 
 def test_many_threads_take_turns() -> None:
@@ -392,8 +386,8 @@ def test_many_threads_take_turns() -> None:
             thread.join()
         for seed, handle in enumerate(handles):
             expected = target_of().generate_batch(*rows_for(PADDED[1], seed))
-            assert_same(results[seed], expected)
-            assert_same(handle.result(), expected)
+            assert_same_batch(results[seed], expected)
+            assert_same_batch(handle.result(), expected)
 
 
 def test_closing_twice_is_closing_once() -> None:
@@ -427,7 +421,7 @@ def test_closing_waits_for_what_runs_and_cancels_what_waits() -> None:
         threading.Event().wait(0.001)
     target.close()
     assert running.done()
-    assert_same(running.result(), target_of().generate_batch(*PADDED))
+    assert_same_batch(running.result(), target_of().generate_batch(*PADDED))
     for handle in waiting:
         with pytest.raises(CancelledError):
             handle.result()
@@ -467,7 +461,7 @@ def test_the_embedding_seeds_a_draft_that_is_trained_without_moving_the_target()
     optimizer.step()
     assert not torch.equal(draft.weight, given)
     assert torch.equal(target.get_input_embeddings().weight, given)
-    assert_same(target.generate_batch(*PADDED), before)
+    assert_same_batch(target.generate_batch(*PADDED), before)
 
 
 class WeightsOfAnEngine(EmbeddingRunner):
@@ -524,7 +518,7 @@ def test_a_loader_may_fill_its_tensors_again_while_a_batch_is_on_its_way() -> No
     for tensor in (*rows, lengths):
         tensor.zero_()
     runner.go_on.set()
-    assert_same(handle.result(), expected)
+    assert_same_batch(handle.result(), expected)
 
 
 class Held(EmbeddingRunner):
@@ -548,7 +542,7 @@ def test_a_mapping_that_a_draft_changes_in_place_is_not_the_targets(encoding: En
     assert mapping.selected_token_mask.any()
     mapping.selected_token_ids.copy_(mapping.selected_token_ids.flip(0))
     mapping.selected_token_mask.zero_()
-    assert_same(target.generate_batch(*PADDED), expected)
+    assert_same_batch(target.generate_batch(*PADDED), expected)
 
 
 class InferenceOnly(EmbeddingRunner):
@@ -600,5 +594,5 @@ def test_the_trainers_autocast_does_not_reach_the_target(encoding: Encoding) -> 
         with torch.autocast("cpu", dtype=torch.bfloat16):
             inside = target.generate_batch(*PADDED)
             waited = target.generate_batch_async(*PADDED).result()
-        assert_same(inside, expected)
-        assert_same(waited, expected)
+        assert_same_batch(inside, expected)
+        assert_same_batch(waited, expected)

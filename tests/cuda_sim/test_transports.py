@@ -15,8 +15,9 @@ from eagle_target_wire.transport import WireTransport
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.colocated import RunnerEagle3TargetModel
 from eagle_target.plugins.options import build_model
+from eagle_target.testing.comparison import assert_same_bits
 from eagle_target.testing.tiny import EmbeddingRunner, shuffled_mapping
-from eagle_target.testing.transport_harness import ChannelPair, MemoryControl, assert_same_bits
+from eagle_target.testing.transport_harness import ChannelPair, MemoryControl
 from eagle_target.testing.transports import TransportChannelConformance, TransportTensorConformance
 from tests.cuda_sim.targets import DeviceRunner, SupervisingDeviceRunner, served
 

@@ -19,13 +19,13 @@ from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.contract.request import SupervisionRequest
 from eagle_target.memory import trim_heap
 from eagle_target.protocol import messages
+from eagle_target.testing.comparison import assert_same_batch, assert_same_bits
 from eagle_target.testing.server import loopback_server
-from tests.client.batches import assert_same_batch, expected_batch, rows_of
+from tests.client.batches import expected_batch, rows_of
 from tests.faults.processes import LARGE, ServerUnderFault, faulty_server
 from tests.server.cases import (
     PATIENCE_SECONDS,
     TestRunner,
-    assert_same_tensors,
     expected_of,
     mapping_of,
     request_of,
@@ -202,7 +202,7 @@ def test_a_full_queue_is_an_error_for_one_and_a_wait_for_the_other() -> None:
 def good(server: ServerUnderFault) -> None:
     request = request_of([4, 9])
     answer = ask(server.url, "POST", messages.SUPERVISION, body_of(request))
-    assert_same_tensors(answer.tensors()[0], expected_of(request))
+    assert_same_bits(answer.tensors()[0], expected_of(request))
 
 
 @pytest.mark.parametrize("end", ["close", "reset", "half-close"])

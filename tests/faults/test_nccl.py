@@ -13,8 +13,8 @@ import pytest
 from eagle_target.client import balancer
 from eagle_target.colocated import RunnerEagle3TargetModel
 from eagle_target.errors import ConnectError, TransferTimeout, TransportError
+from eagle_target.testing.comparison import assert_same_batch
 from eagle_target.testing.tiny import EmbeddingRunner
-from tests.client.batches import assert_same_batch
 from tests.faults.nccl_ends import Footprint, client, cut, group_connections, in_the_midst, trainer_at
 from tests.faults.processes import LARGE, ROWS, ServerUnderFault, faulty_server, total_of
 from tests.server.cases import wait_until

@@ -16,8 +16,9 @@ from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.colocated import RunnerEagle3TargetModel
 from eagle_target.errors import ConnectError, TransferTimeout, TransportError
 from eagle_target.protocol import messages
+from eagle_target.testing.comparison import assert_same_batch
 from eagle_target.testing.tiny import EmbeddingRunner
-from tests.client.batches import assert_same_batch, expected_batch, rows_of
+from tests.client.batches import expected_batch, rows_of
 from tests.faults.processes import LARGE, ServerUnderFault, faulty_server
 from tests.faults.proxy import Fault, proxied
 from tests.server.cases import mapping_of, wait_until

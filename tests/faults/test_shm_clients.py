@@ -12,8 +12,8 @@ import torch
 from eagle_target.client import balancer
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.errors import ServerError
-from eagle_target.testing.transport_harness import assert_same_bits
-from tests.client.batches import assert_same_batch, expected_batch, rows_of
+from eagle_target.testing.comparison import assert_same_batch, assert_same_bits
+from tests.client.batches import expected_batch, rows_of
 from tests.faults.processes import LARGE, ServerUnderFault, abandoned_memory, faulty_server
 from tests.faults.proxy import proxied
 from tests.faults.shm_clients import connect, doomed_clients, expected_answer, fetch

@@ -12,8 +12,9 @@ from eagle_target.client import balancer
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.contract.sinks import PackedTensors
 from eagle_target.errors import ConnectError
-from eagle_target.testing.transport_harness import MemoryBody, assert_same_bits
-from tests.client.batches import assert_same_batch, expected_batch, rows_of
+from eagle_target.testing.comparison import assert_same_batch, assert_same_bits
+from eagle_target.testing.transport_harness import MemoryBody
+from tests.client.batches import expected_batch, rows_of
 from tests.faults.processes import LARGE, abandoned_memory, faulty_server
 from tests.faults.shm_clients import connect, expected_answer, fetch, large_request
 from tests.server.cases import mapping_of, wait_until

@@ -15,8 +15,9 @@ from eagle_target.client import balancer
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.errors import EagleTargetError
 from eagle_target.protocol import messages
+from eagle_target.testing.comparison import assert_same_batch
 from eagle_target.testing.server import loopback_server
-from tests.client.batches import assert_same_batch, expected_batch, rows_of
+from tests.client.batches import expected_batch, rows_of
 from tests.client.stub import Received, Stub, encode, stub
 from tests.fuzz.budget import tries_against_the_clock
 from tests.fuzz.mutations import mutated

@@ -25,9 +25,10 @@ from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.contract.sinks import PackedTensors
 from eagle_target.protocol import messages
 from eagle_target.seals import NONCE_BYTES, SEAL_BYTES
+from eagle_target.testing.comparison import assert_same_batch
 from eagle_target.testing.server import loopback_server
 from eagle_target.testing.transport_harness import MemoryBody
-from tests.client.batches import assert_same_batch, expected_batch, rows_of
+from tests.client.batches import expected_batch, rows_of
 from tests.fuzz.budget import tries, tries_against_the_clock
 from tests.fuzz.mutations import json_values, mutated, mutated_json, value_or_typed_error
 from tests.server.cases import expected_of, mapping_of, request_of

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.colocated import RunnerEagle3TargetModel
 from eagle_target.errors import ConnectError, TransportError
+from eagle_target.testing.comparison import assert_same_batch
 from eagle_target.testing.tiny import EmbeddingRunner, shuffled_mapping
-from tests.client.batches import assert_same_batch
 from tests.server.cases import VOCAB_SIZE
 
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ import xxhash
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.errors import ProtocolError, TransportError
 from eagle_target.protocol import messages
+from eagle_target.testing.comparison import assert_same_batch
 from eagle_target.testing.server import loopback_server
-from tests.client.batches import assert_same_batch, expected_batch, rows_of
+from tests.client.batches import expected_batch, rows_of
 from tests.client.stub import Received, forwarding
 from tests.server.cases import mapping_of, request_of
 from tests.server.http import Answer, ask, body_of, put_mapping

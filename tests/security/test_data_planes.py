@@ -23,8 +23,9 @@ from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.errors import TransportRefused
 from eagle_target.protocol import messages
 from eagle_target.seals import NONCE_BYTES, SEAL_BYTES, new_key
+from eagle_target.testing.comparison import assert_same_batch
 from eagle_target.testing.server import loopback_server
-from tests.client.batches import assert_same_batch, expected_batch, rows_of
+from tests.client.batches import expected_batch, rows_of
 from tests.faults.processes import faulty_server, nothing_left_behind
 from tests.security.strangers import NOBODY, as_stranger, listening, needs_another_user, other_host, stranger
 from tests.server.cases import PATIENCE_SECONDS, mapping_of, wait_until

@@ -15,8 +15,9 @@ from eagle_target.errors import ConfigError, ServerError
 from eagle_target.protocol import messages
 from eagle_target.server.run import HttpServer
 from eagle_target.targets import open_target
+from eagle_target.testing.comparison import assert_same_batch
 from eagle_target.testing.server import loopback_server
-from tests.client.batches import assert_same_batch, expected_batch, rows_of
+from tests.client.batches import expected_batch, rows_of
 from tests.server.cases import TestRunner, mapping_of
 from tests.server.http import ask, assert_problem
 

@@ -13,6 +13,7 @@ from eagle_target.compute.supervise import compute_supervision
 from eagle_target.contract.request import SupervisionRequest
 from eagle_target.contract.sinks import PackedTensors
 from eagle_target.server.engine.server import TargetModelServer
+from eagle_target.testing.comparison import assert_same_bits
 from eagle_target.testing.tiny import EmbeddingRunner, shuffled_mapping
 
 if TYPE_CHECKING:
@@ -128,12 +129,7 @@ def expected_of(request: SupervisionRequest) -> PackedTensors:
     return tensors
 
 
-def assert_same_tensors(given: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Same names, and the same bits."""
-    assert sorted(given) == sorted(expected)
-    for name, tensor in expected.items():
-        assert given[name].dtype == tensor.dtype
-        assert torch.equal(given[name], tensor), name
+assert_same_tensors = assert_same_bits
 
 
 @contextlib.contextmanager

@@ -19,11 +19,11 @@ from eagle_target.errors import AdapterError
 from eagle_target.protocol import messages
 from eagle_target.protocol.tensors import encode_tensors
 from eagle_target.server.run import HttpServer
+from eagle_target.testing.comparison import assert_same_bits
 from eagle_target.testing.server import loopback_server
 from eagle_target.testing.tiny import shuffled_mapping
 from tests.server.cases import (
     TestRunner,
-    assert_same_tensors,
     expected_of,
     mapping_of,
     request_of,
@@ -99,7 +99,7 @@ def test_the_input_embedding_and_rows_of_the_head(url: str) -> None:
     runner = TestRunner(bias=True, logit_scale=0.5, soft_cap=30.0)
     answer = ask(url, "GET", messages.INPUT_EMBEDDINGS)
     assert answer.headers["content-type"] == messages.CONTENT_TYPE
-    assert_same_tensors(answer.tensors()[0], {"weight": TestRunner().input_embedding_weight()})
+    assert_same_bits(answer.tensors()[0], {"weight": TestRunner().input_embedding_weight()})
     with loopback_server(lambda: runner) as other:
         wanted = ids(7, 3, 200)
         answer = ask(other.url, "POST", messages.LM_HEAD, body_with(token_ids=wanted))
@@ -107,7 +107,7 @@ def test_the_input_embedding_and_rows_of_the_head(url: str) -> None:
         assert head is not None
         assert head.bias is not None
         tensors, metadata = answer.tensors()
-        assert_same_tensors(tensors, {"weight": head.weight, "bias": head.bias})
+        assert_same_bits(tensors, {"weight": head.weight, "bias": head.bias})
         assert metadata == {"logit_scale": "0.5", "soft_cap": "30.0"}
         assert answer.headers[messages.FINGERPRINT.lower()] == other.engine.served.fingerprint
 
@@ -142,7 +142,7 @@ def test_supervision_has_the_bits_of_the_co_located_target(server: HttpServer, e
     answer = supervise(server.url, body_of(request), Eagle_Target_Request_Id="batch 7/é".encode().decode("latin-1"))
     tensors, metadata = answer.tensors()
     assert answer.status == 200
-    assert_same_tensors(tensors, expected_of(request))
+    assert_same_bits(tensors, expected_of(request))
     headers = {name.lower(): value for name, value in answer.headers.items()}
     echoed = {
         messages.REQUEST_ID: "batch 7/é".encode().decode("latin-1"),
@@ -170,14 +170,14 @@ def test_an_answer_without_mapping_or_request_id(url: str) -> None:
     headers = {name.lower(): value for name, value in answer.headers.items()}
     assert headers[messages.REQUEST_ID.lower()]
     assert messages.MAPPING.lower() not in headers
-    assert_same_tensors(answer.tensors()[0], expected_of(request))
+    assert_same_bits(answer.tensors()[0], expected_of(request))
 
 
 def test_a_saved_answer_opens_with_the_stock_library(url: str, tmp_path: Path) -> None:
     request = request_of([6, 2])
     path = tmp_path / "answer.safetensors"
     path.write_bytes(supervise(url, body_of(request), Eagle_Target_Request_Id="saved").body)
-    assert_same_tensors(safetensors.torch.load_file(path), expected_of(request))
+    assert_same_bits(safetensors.torch.load_file(path), expected_of(request))
     with safe_open(path, framework="pt") as opened:
         assert opened.metadata()[messages.REQUEST_ID] == "saved"
 
@@ -189,7 +189,7 @@ def test_a_request_of_the_stock_library_without_row_mask_gets_every_row_but_the_
     )
     mask = torch.tensor([False, True, True, False, True, True, True])
     request = SupervisionRequest(input_ids=input_ids, seq_lens=(3, 4), row_mask=mask, mapping=mapping_of())
-    assert_same_tensors(supervise(url, body).tensors()[0], expected_of(request))
+    assert_same_bits(supervise(url, body).tensors()[0], expected_of(request))
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def test_a_mapping_is_stored_under_its_hash_only(url: str) -> None:
     for _ in range(2):
         answer = ask(url, "PUT", f"{messages.VOCAB_MAPPINGS}/{mapping.sha256}", body)
         assert (answer.status, answer.body) == (204, b"")
-    assert_same_tensors(supervise(url, body_of(request)).tensors()[0], expected_of(request))
+    assert_same_bits(supervise(url, body_of(request)).tensors()[0], expected_of(request))
 
 
 def test_bytes_a_token_are_told_and_true(url: str) -> None:
@@ -558,7 +558,7 @@ def test_a_drain_answers_what_is_under_way_then_stops_listening() -> None:
         assert_problem(ask(server.url, "GET", "/ready"), 503, "draining", "is draining", retry_after="1")
         assert_problem(supervise(server.url, good_body()), 503, "draining", "is draining", retry_after="1")
         runner.gate.set()
-        assert_same_tensors(running.result(30).tensors()[0], expected_of(request_of([4])))
+        assert_same_bits(running.result(30).tensors()[0], expected_of(request_of([4])))
 
         def stopped() -> bool:
             with contextlib.suppress(OSError):

@@ -19,11 +19,11 @@ from eagle_target.config import ServerConfig
 from eagle_target.errors import AdapterError, ConfigError, PluginError
 from eagle_target.protocol import messages
 from eagle_target.server.run import HttpServer
+from eagle_target.testing.comparison import assert_same_bits
 from tests.faults.processes import faulty_server
 from tests.server.cases import (
     PATIENCE_SECONDS,
     TestRunner,
-    assert_same_tensors,
     expected_of,
     mapping_of,
     request_of,
@@ -84,7 +84,7 @@ def test_sigterm_answers_what_is_under_way_and_refuses_what_comes() -> None:
         wait_until(lambda: is_draining(server.url))
         assert_problem(supervise(server.url), 503, "draining", "is draining", retry_after="1")
         for answer in under_way:
-            assert_same_tensors(answer.result(PATIENCE_SECONDS).tensors()[0], expected_of(request_of([4])))
+            assert_same_bits(answer.result(PATIENCE_SECONDS).tensors()[0], expected_of(request_of([4])))
         assert server.join() == 0
 
 

@@ -29,9 +29,10 @@ from eagle_target.errors import (
 )
 from eagle_target.plugins.options import build_model
 from eagle_target.seals import KEY_BYTES
+from eagle_target.testing.comparison import assert_same_batch, assert_same_bits
 from eagle_target.testing.server import loopback_server
-from eagle_target.testing.transport_harness import ChannelPair, MemoryBody, MemoryControl, assert_same_bits
-from tests.client.batches import assert_same_batch, expected_batch, rows_of
+from eagle_target.testing.transport_harness import ChannelPair, MemoryBody, MemoryControl
+from tests.client.batches import expected_batch, rows_of
 from tests.server.cases import PATIENCE_SECONDS, mapping_of, wait_until
 
 if TYPE_CHECKING:

@@ -21,7 +21,8 @@ from torch import distributed
 from eagle_target.errors import ConnectError, TransportError
 from eagle_target.plugins.options import build_model
 from eagle_target.seals import KEY_BYTES
-from eagle_target.testing.transport_harness import ChannelPair, MemoryControl, assert_same_bits
+from eagle_target.testing.comparison import assert_same_bits
+from eagle_target.testing.transport_harness import ChannelPair, MemoryControl
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

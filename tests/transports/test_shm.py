@@ -25,7 +25,8 @@ from eagle_target_shm.transport import ShmTransport
 from eagle_target.contract.sinks import PackedTensors
 from eagle_target.errors import ConnectError, ProtocolError, RequestTooLarge, TransferTimeout
 from eagle_target.seals import KEY_BYTES
-from eagle_target.testing.transport_harness import ChannelPair, MemoryBody, assert_same_bits
+from eagle_target.testing.comparison import assert_same_bits
+from eagle_target.testing.transport_harness import ChannelPair, MemoryBody
 from eagle_target.testing.transports import TransportConformance
 from tests.faults.processes import named_memory
 from tests.server.cases import wait_until

@@ -12,8 +12,9 @@ from eagle_target_shm.transport import ShmTransport
 
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.errors import TransportRefused
+from eagle_target.testing.comparison import assert_same_batch
 from eagle_target.testing.server import loopback_server
-from tests.client.batches import assert_same_batch, expected_batch, rows_of
+from tests.client.batches import expected_batch, rows_of
 from tests.server.cases import mapping_of
 
 if TYPE_CHECKING:

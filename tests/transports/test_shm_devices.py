@@ -11,7 +11,8 @@ from eagle_target_shm.client import open_channel
 
 from eagle_target.contract.sinks import PackedTensors
 from eagle_target.errors import ConnectError, TransferTimeout
-from eagle_target.testing.transport_harness import MemoryBody, assert_same_bits
+from eagle_target.testing.comparison import assert_same_bits
+from eagle_target.testing.transport_harness import MemoryBody
 from tests.server.cases import wait_until
 from tests.transports.shm_peer import Peer, peer, tensors_of
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import transformers
 
 from eagle_target.colocated import RunnerEagle3TargetModel
+from eagle_target.testing.adapter_oracle import HFOracle, relative_error
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,25 +49,17 @@ def run_engine(runner: TargetRunner, sequences: list[torch.Tensor], aux_layer_id
     return States(forward.aux_hidden_states.float(), forward.last_hidden_states.float(), logits.float())
 
 
-@torch.no_grad()
 def run_transformers(
     checkpoint: Path, sequences: list[torch.Tensor], aux_layer_ids: Sequence[int], dtype: torch.dtype
 ) -> States:
     """Each sequence by itself under transformers, in a dtype."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).eval()
-    last_layer: list[torch.Tensor] = []
-    # transformers norms the last entry of hidden_states, so the last layer's own output needs a hook.
-    hook = model.model.layers[-1].register_forward_hook(
-        lambda _module, _args, output: last_layer.append(output[0] if isinstance(output, tuple) else output)
+    oracle = HFOracle(checkpoint, dtype=str(dtype).removeprefix("torch."))
+    states = [oracle.run(ids.tolist()) for ids in sequences]
+    return States(
+        torch.cat([each.aux(aux_layer_ids) for each in states]),
+        torch.cat([each.last for each in states]),
+        torch.cat([each.logits for each in states]),
     )
-    parts = []
-    for ids in sequences:
-        output = model(input_ids=ids[None], output_hidden_states=True, use_cache=False)
-        layers = [state[0] for state in output.hidden_states[1:-1]] + [last_layer.pop().reshape(len(ids), -1)]
-        aux = torch.cat([layers[layer] for layer in sorted(aux_layer_ids)], dim=1)
-        parts.append(States(aux.float(), output.hidden_states[-1][0].float(), output.logits[0].float()))
-    hook.remove()
-    return States(*(torch.cat([getattr(part, name) for part in parts]) for name in ("aux", "last", "logits")))
 
 
 def count_unlike_masks(
@@ -103,19 +95,14 @@ def count_unlike_masks(
     return int(unlike.sum())
 
 
-def relative_frobenius(given: torch.Tensor, expected: torch.Tensor) -> float:
-    """Norm of the difference, relative to the norm."""
-    return float((given - expected).norm() / expected.norm())
-
-
 def assert_no_further(given: States, rounded: States, exact: States, *, roundings: int = 1) -> None:
     """A runner's states are no further from the exact ones than those that transformers rounds.
 
     roundings: of a sum where transformers has one; independent errors add up by their squares.
     """
     for name in ("aux", "last", "logits"):
-        ours = relative_frobenius(getattr(given, name), getattr(exact, name))
-        theirs = relative_frobenius(getattr(rounded, name), getattr(exact, name))
+        ours = relative_error(getattr(given, name), getattr(exact, name))
+        theirs = relative_error(getattr(rounded, name), getattr(exact, name))
         print(f"{name}: relative Frobenius {ours:.2e}, of transformers {theirs:.2e}")
         assert ours <= theirs * math.sqrt(roundings)
 

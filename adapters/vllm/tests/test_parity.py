@@ -9,6 +9,7 @@ import torch
 from eagle_target_vllm import VLLMAdapter, VLLMOptions
 
 from eagle_target.errors import AdapterError
+from eagle_target.testing.adapter_oracle import relative_error
 from eagle_target.testing.tiny import shuffled_mapping
 
 from .models import LAYOUTS, SOFT_CAP, VOCAB, save_model
@@ -17,7 +18,6 @@ from .parity import (
     count_unlike_masks,
     draw_sequences,
     mean_kl,
-    relative_frobenius,
     run_engine,
     run_transformers,
 )
@@ -91,7 +91,7 @@ def test_a_soft_capped_head_is_the_engines_own(tmp_path: Path) -> None:
     assert head.soft_cap == SOFT_CAP
     assert float((head.compute_logits(given.last) - given.logits[:, ids]).abs().max()) <= TOLERANCE
     for name in ("aux", "last", "logits"):
-        assert relative_frobenius(getattr(given, name), getattr(expected, name)) <= 1e-4
+        assert relative_error(getattr(given, name), getattr(expected, name)) <= 1e-4
 
 
 def test_bfloat16_is_no_further_from_float32_than_transformers(tmp_path: Path) -> None:
