@@ -55,14 +55,14 @@ def refuse(body: bytearray) -> str:
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_round_trip_keeps_every_bit(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    tensors = {"rows": random_tensor(shape, dtype), "beside": random_tensor((3,), torch.int8)}
+def test_round_trip_keeps_every_bit(dtype: torch.dtype) -> None:
+    for shape in SHAPES:
+        tensors = {"rows": random_tensor(shape, dtype), "beside": random_tensor((3,), torch.int8)}
 
-    decoded, metadata = decode_tensors(memoryview(body_of(tensors, {"a": "b"})))
+        decoded, metadata = decode_tensors(memoryview(body_of(tensors, {"a": "b"})))
 
-    assert_same_bits(decoded, tensors)
-    assert metadata == {"a": "b"}
+        assert_same_bits(decoded, tensors)
+        assert metadata == {"a": "b"}
 
 
 def test_stock_library_reads_our_bodies() -> None:
