@@ -68,9 +68,6 @@ class ServerConfig(BaseModel):
     max_client_outbox_bytes: int = Field(
         default=2 << 30, ge=1, description="Bytes of such answers of one client; its further requests wait."
     )
-    cache_bytes: int = Field(
-        default=0, ge=0, description="Bytes of supervision kept for sequences that are asked for again; 0 for none."
-    )
     max_request_tokens: int = Field(default=131072, ge=1, description="Tokens one request may have.")
     max_sequence_tokens: int = Field(default=131072, ge=1, description="Tokens one sequence of a request may have.")
     max_sequences: int = Field(default=16384, ge=1, description="Sequences one request may have.")

@@ -250,9 +250,7 @@ class TargetApp:
         supervision_request = messages.decode_request(body, self._find_mapping)
         check_size(supervision_request, self.config)
         client = exchange.client_id[:MAX_CLIENT_LETTERS]
-        submit = partial(self.server.submit, supervision_request, channel.new_tensors, client=client)
-        # Only the cache's keys take time worth speaking of.
-        future = submit() if self.server.cache is None else await run_in_threadpool(submit)
+        future = self.server.submit(supervision_request, channel.new_tensors, client=client)
         supervised = await wait_for_answer(future, request)
         answered_at = time.perf_counter()
         headers = self._headers(exchange.request_id, supervision_request, supervised)

@@ -98,11 +98,6 @@ class Metrics:
         )
         gauge("eagle_target_connected_clients", "Clients that are connected.", server.clients.count)
         gauge("eagle_target_outbox_peak_bytes", "The most of those at a time.", lambda: server.outbox.peak_bytes)
-        gauge(
-            "eagle_target_cache_bytes",
-            "Supervision kept for later.",
-            lambda: 0 if server.cache is None else server.cache.held_bytes,
-        )
         channels = Gauge(
             "eagle_target_channels", "Open channels, by transport.", ["transport"], registry=self._registry
         )
@@ -198,14 +193,10 @@ class _ServerTotals(Collector):
         for name in self._channels.names:
             expired.add_metric([name], self._channels.expired[name])
         yield expired
-        cache = self._server.cache
-        hits, misses = (0, 0) if cache is None else (cache.hits, cache.misses)
         totals = {
             "eagle_target_engine_restarts": ("Times the engine was loaded again.", self._server.restarts),
             "eagle_target_stuck_forwards": ("Calls of the engine that did not return.", self._server.stuck_forwards),
             "eagle_target_padded_tokens": ("Tokens computed for padding.", self._server.padded_tokens),
-            "eagle_target_cache_hit_sequences": ("Sequences answered from the cache.", hits),
-            "eagle_target_cache_missed_sequences": ("Sequences the cache did not have.", misses),
         }
         for name, (help_text, value) in totals.items():
             yield CounterMetricFamily(name, help_text, value=value)

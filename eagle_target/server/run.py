@@ -80,7 +80,6 @@ class HttpServer:
             max_mappings=config.max_mappings,
             max_outbox_bytes=config.max_outbox_bytes,
             max_client_outbox_bytes=config.max_client_outbox_bytes,
-            cache_bytes=config.cache_bytes,
             max_restarts=config.max_restarts if config.on_engine_failure == "restart" else 0,
             forward_timeout=config.forward_timeout,
             client_lease=config.channel_lease,

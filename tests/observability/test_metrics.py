@@ -36,7 +36,7 @@ SUFFIXES = {"histogram": ("_bucket", "_sum", "_count")}
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[HttpServer]:
-    with busy_server(cache_bytes=1 << 20) as server:
+    with busy_server() as server:
         yield server
 
 
@@ -67,8 +67,6 @@ def test_work_is_counted_by_outcome_transport_and_stage(server: HttpServer) -> N
     assert (metric(server, "eagle_target_received_bytes_total") or 0) > 1000
     assert (metric(server, "eagle_target_connections") or 0) >= 2
     # The second client asked for the sequences of the first.
-    assert (metric(server, "eagle_target_cache_hit_sequences_total") or 0) > 0
-    assert (metric(server, "eagle_target_cache_bytes") or 0) > 0
 
 
 def test_the_state_and_what_is_served_are_told(server: HttpServer) -> None:
@@ -166,7 +164,7 @@ def test_the_dashboard_uses_metrics_that_exist(server: HttpServer) -> None:
     assert used <= exported(server)
     ours = {name for name, (_, kind) in documented_metrics(server).items() if name.startswith("eagle_target")}
     unused = ours - {re.sub(r"_(bucket|sum|count)$", "", name) for name in used}
-    assert unused == {"eagle_target_cache_bytes", "eagle_target_received_bytes_total"}
+    assert unused == {"eagle_target_received_bytes_total"}
 
 
 def test_the_dashboard_can_be_imported() -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 MOST_TRAINERS = 5
 # Several forwards for a request, and several requests for a forward; channels soon found dead.
-SETTINGS: dict[str, Any] = {"max_batch_tokens": 40, "channel_lease": 2.0, "cache_bytes": 1 << 16, "max_mappings": 2}
+SETTINGS: dict[str, Any] = {"max_batch_tokens": 40, "channel_lease": 2.0, "max_mappings": 2}
 forms = st.fixed_dictionaries(
     {
         "encoding": st.sampled_from(["probs", "probs", "hidden", "logits"]),

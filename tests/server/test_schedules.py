@@ -91,7 +91,6 @@ def test_every_request_is_answered_once_and_with_its_own_answer(seed: int) -> No
     options: dict[str, Any] = {
         "max_batch_tokens": 40,
         "max_queue": 16,
-        "cache_bytes": 100_000 * (seed % 2),
         "max_outbox_bytes": 160_000,
         "max_client_outbox_bytes": 130_000,
     }

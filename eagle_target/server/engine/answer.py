@@ -1,4 +1,4 @@
-"""One request's supervision, put together in its channel's mapping: part by part, computed or from the cache.
+"""One request's supervision, put together in its channel's mapping: part by part.
 
 tokens = sum(seq_lens) of the request; rows = the rows of the distribution that it asks for.
 """
@@ -14,7 +14,7 @@ from eagle_target.contract.sinks import PackedTensors, RowStore
 from eagle_target.memory import BufferPool, PinnedPool
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from eagle_target.contract.request import SupervisionRequest
     from eagle_target.contract.sinks import Sink
@@ -99,20 +99,6 @@ class Answer:
         """int64 rows of some sequences in a tensor of the answer."""
         starts = self._row_starts(name)
         return torch.cat([torch.arange(starts[index], starts[index + 1]) for index in sequences])
-
-    def fill(self, sequence: int, supervision: Mapping[str, torch.Tensor]) -> None:
-        """Take one sequence's supervision from `extract`."""
-        for name, rows in supervision.items():
-            start = self._row_starts(name)[sequence]
-            self.store(name, rows.shape[1:], rows.dtype).out[start : start + len(rows)].copy_(rows)
-
-    def extract(self, sequence: int) -> dict[str, torch.Tensor]:
-        """One sequence's supervision, once it is there: views of it."""
-        views = {}
-        for name, tensor in self.tensors.items():
-            starts = self._row_starts(name)
-            views[name] = tensor[starts[sequence] : starts[sequence + 1]]
-        return views
 
     def _row_starts(self, name: str) -> list[int]:
         """Where each sequence's rows of a tensor begin, and where the last one's end."""

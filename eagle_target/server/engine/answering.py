@@ -62,11 +62,7 @@ class AnswerStage:
     def _answer(self, part: Part, stores: list[Callable[[], Answer]], *, is_alone: bool) -> None:
         try:
             with about(part.job.subject):
-                answer = stores.pop()()
-            for sequence, supervision in part.hits.items():
-                answer.fill(sequence, supervision)
-            if self._queue.cache is not None:
-                self._queue.cache.keep(part, answer)
+                stores.pop()()
         except Exception as error:  # noqa: BLE001 - logged, and handed to whoever waits
             if is_alone:
                 log_failure("a projection failed", error, part)
@@ -76,8 +72,7 @@ class AnswerStage:
             else:
                 self._queue.put_back(part)
             return
-        if part.missing:
-            self._tell(None)
+        self._tell(None)
         part.job.finish_part()
 
     def _fail(self, part: Part, error: Exception) -> None:

@@ -100,24 +100,19 @@ class ForwardStage:
             return Forwarded(parts, error=error) if is_alone or isinstance(error, EngineDead) else None
 
     def _forward(self, parts: Sequence[Part]) -> list[Callable[[], Answer]]:
-        missing = [part for part in parts if part.missing]
-        stores: dict[Part, Callable[[], Answer]] = {
-            part: partial(part.job.open_answer, self._memory) for part in parts if not part.missing
-        }
+        if not parts:
+            return []
         before = self._runner.computed_tokens
-        if missing and self._runner.projects:
-            stores.update(self._supervise(missing))
-        elif missing:
-            stores.update(self._run_plain(missing))
+        stores = self._supervise(parts) if self._runner.projects else self._run_plain(parts)
         after = self._runner.computed_tokens
         if before is not None and after is not None:
-            self.padded_tokens += after - before - sum(part.tokens for part in missing)
-        return [stores[part] for part in parts]
+            self.padded_tokens += after - before - sum(part.tokens for part in parts)
+        return stores
 
-    def _supervise(self, parts: Sequence[Part]) -> dict[Part, Callable[[], Answer]]:
+    def _supervise(self, parts: Sequence[Part]) -> list[Callable[[], Answer]]:
         answers = [part.job.open_answer(self._memory) for part in parts]
         sinks = [
-            DeferredSink(answer.sink(part.missing, is_shared=len(parts) > 1))
+            DeferredSink(answer.sink(part.sequences, is_shared=len(parts) > 1))
             for part, answer in zip(parts, answers, strict=True)
         ]
         try:
@@ -129,12 +124,12 @@ class ForwardStage:
         for part in parts:
             for stage, spent in seconds.items():
                 part.job.seconds[stage] += spent
-        return {
-            part: partial(self._place, part, answer, sink, mark)
+        return [
+            partial(self._place, part, answer, sink, mark)
             for part, answer, sink in zip(parts, answers, sinks, strict=True)
-        }
+        ]
 
-    def _run_plain(self, parts: Sequence[Part]) -> dict[Part, Callable[[], Answer]]:
+    def _run_plain(self, parts: Sequence[Part]) -> list[Callable[[], Answer]]:
         started = time.perf_counter()
         requests = [part.request() for part in parts]
         counts = [request.tokens for request in requests]
@@ -146,10 +141,10 @@ class ForwardStage:
         mark = self._order.forwarded()
         for part in parts:
             part.job.seconds["forward"] += time.perf_counter() - started
-        return {
-            part: partial(self._project, part, request, piece, mark, is_shared=len(parts) > 1)
+        return [
+            partial(self._project, part, request, piece, mark, is_shared=len(parts) > 1)
             for part, request, piece in zip(parts, requests, split_forward(forward, counts), strict=True)
-        }
+        ]
 
     def _place(self, part: Part, answer: Answer, sink: DeferredSink, mark: torch.cuda.Event | None) -> Answer:
         """Copy what the runner has projected, where it must be copied; on the second stage's thread."""
@@ -174,7 +169,7 @@ class ForwardStage:
         started = time.perf_counter()
         answer = part.job.open_answer(self._memory)
         with torch.no_grad(), self._watching("a projection"), self._order.following(forward, mark):
-            store_supervision(self._runner, request, forward, answer.sink(part.missing, is_shared=is_shared))
+            store_supervision(self._runner, request, forward, answer.sink(part.sequences, is_shared=is_shared))
         part.job.seconds["projection"] += time.perf_counter() - started
         return answer
 

@@ -20,7 +20,7 @@ from eagle_target.server.engine.outbox import follow
 from eagle_target.server.log import current_subject
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from eagle_target.contract.runner import TargetRunner
     from eagle_target.server.engine.answer import HostMemory
@@ -45,7 +45,7 @@ class Job:
 
     Args:
         request: what is asked. client: who asks. make_tensors: gives the mapping its supervision goes to.
-        answer_bytes: what the answer takes. keys: of its sequences in the cache, where there is one.
+        answer_bytes: what the answer takes.
         max_part_tokens: a larger request is cut into parts of whole sequences.
 
     Attributes:
@@ -59,14 +59,12 @@ class Job:
         client: str = "",
         make_tensors: Callable[[], PackedTensors] = PackedTensors,
         answer_bytes: int = 0,
-        keys: Sequence[bytes] = (),
         max_part_tokens: int,
     ) -> None:
         self.request = request
         self.client = client
         self.subject = current_subject()
         self.answer_bytes = answer_bytes
-        self.keys = keys
         self.future: Future[Supervised] = Future()
         self.claim: Claim | None = None
         self.answer: Answer | None = None
@@ -123,29 +121,19 @@ class Job:
 
 @dataclass(slots=True, eq=False)
 class Part:
-    """Sequences of a request that share one forward.
-
-    hits: supervision of those that the cache has, by sequence.
-    """
+    """Sequences of a request that share one forward."""
 
     job: Job
     sequences: range
-    hits: dict[int, Mapping[str, torch.Tensor]] = field(default_factory=dict)
-
-    @property
-    def missing(self) -> list[int]:
-        """The sequences that have to be computed."""
-        return [sequence for sequence in self.sequences if sequence not in self.hits]
 
     @property
     def tokens(self) -> int:
-        """Tokens that have to be computed."""
-        seq_lens = self.job.request.seq_lens
-        return sum(seq_lens[sequence] for sequence in self.missing)
+        """Tokens of all of them."""
+        return sum(self.job.request.seq_lens[sequence] for sequence in self.sequences)
 
     def request(self) -> SupervisionRequest:
-        """The request for what has to be computed."""
-        return select_sequences(self.job.request, self.missing)
+        """The request for them alone."""
+        return select_sequences(self.job.request, self.sequences)
 
 
 @dataclass(slots=True, eq=False)

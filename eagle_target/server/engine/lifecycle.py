@@ -42,8 +42,8 @@ class EngineLife:
     Args:
         load: loads the target. aux_layer_ids: the layers to capture; None for the default.
         queue: what there is to do. state: told how it goes. restarts: what an engine that died may have.
-        watchdog: times every call. max_batch_tokens: of one forward. on_loaded: called with the runner and what is
-            served, before the first request.
+        watchdog: times every call. max_batch_tokens: of one forward. on_loaded: called with the runner, before
+            the first request.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class EngineLife:
         restarts: Restarts,
         watchdog: Watchdog,
         max_batch_tokens: int,
-        on_loaded: Callable[[TargetRunner, ServedTarget], None],
+        on_loaded: Callable[[TargetRunner], None],
     ) -> None:
         self._load = load
         self._aux_layer_ids = aux_layer_ids
@@ -133,7 +133,7 @@ class EngineLife:
                 f"the target that was loaded again is another: fingerprint {served.fingerprint} instead of "
                 f"{before.fingerprint} ({'; '.join(before.differences(served)) or 'the same model and sizes'})"
             )
-        self._on_loaded(runner, served)
+        self._on_loaded(runner)
         self._queue.resume()
         self._state.loaded(served)
 

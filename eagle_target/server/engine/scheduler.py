@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from eagle_target.errors import Unavailable
-    from eagle_target.server.engine.cache import SequenceCache
     from eagle_target.server.engine.outbox import Outbox
 
 # How often a taker that waits for room in the outbox looks again by itself.
@@ -36,11 +35,9 @@ class JobQueue:
 
     Args:
         max_waiting: requests that may wait. outbox: where a request's answer must have room before it is handed out.
-        cache: what of a request need not be computed.
     """
 
-    def __init__(self, *, max_waiting: int, outbox: Outbox, cache: SequenceCache | None = None) -> None:
-        self.cache = cache
+    def __init__(self, *, max_waiting: int, outbox: Outbox) -> None:
         self._max_waiting = max_waiting
         self._outbox = outbox
         self._lines: dict[str, Line] = {}
@@ -151,14 +148,13 @@ class JobQueue:
         while open_lines and (left > 0 or not parts):
             client, line = min(open_lines.items(), key=lambda item: item[1].served)
             part = Part(line.jobs[0], line.jobs[0].waiting[0])
-            tokens = part.tokens if self.cache is None else self.cache.find(part)
-            if (parts and tokens > left) or not self._has_room(part.job):
+            if (parts and part.tokens > left) or not self._has_room(part.job):
                 del open_lines[client]
                 continue
             parts.append(part)
-            left -= tokens
+            left -= part.tokens
             self._remove(line, part)
-            line.served += tokens
+            line.served += part.tokens
             if not line.jobs:
                 del open_lines[client]
         self._forget_idle()
@@ -179,8 +175,6 @@ class JobQueue:
         part.job.waiting.popleft()
         if not part.job.waiting:
             line.jobs.popleft()
-        if self.cache is not None:
-            self.cache.count(part)
         self._clock = max(self._clock, line.served)
 
     def _has_room(self, job: Job) -> bool:

@@ -12,7 +12,6 @@ from eagle_target.contract.request import answer_bytes
 from eagle_target.contract.sinks import PackedTensors
 from eagle_target.errors import ContractError, Unavailable
 from eagle_target.server.clients import Presences
-from eagle_target.server.engine.cache import SequenceCache
 from eagle_target.server.engine.job import Call, Job, Supervised
 from eagle_target.server.engine.lifecycle import EngineLife
 from eagle_target.server.engine.mappings import MappingStore
@@ -44,7 +43,6 @@ class TargetModelServer:
         max_queue: requests that may wait.
         max_mappings: vocabulary mappings kept, least recently used out first.
         max_outbox_bytes, max_client_outbox_bytes: answers that are not sent yet, of all clients and of one.
-        cache_bytes: supervision kept for sequences that are asked for again; 0 for none.
         max_restarts: how often within an hour an engine that died is loaded again.
         forward_timeout: seconds a call of the engine may take; 0 for any number.
         client_lease: seconds a client may be silent and still count as connected.
@@ -63,13 +61,11 @@ class TargetModelServer:
         max_mappings: int = 32,
         max_outbox_bytes: int = 8 << 30,
         max_client_outbox_bytes: int = 2 << 30,
-        cache_bytes: int = 0,
         max_restarts: int = 0,
         forward_timeout: float = 0.0,
         client_lease: float = 30.0,
     ) -> None:
         self._max_batch_tokens = max_batch_tokens
-        self._cache_bytes = cache_bytes
         self.outbox = Outbox(max_outbox_bytes, max_client_outbox_bytes)
         self.clients = Presences(client_lease)
         self._queue = JobQueue(max_waiting=max_queue, outbox=self.outbox)
@@ -157,11 +153,6 @@ class TargetModelServer:
         """Calls of the engine that did not return in time."""
         return self._watchdog.stuck
 
-    @property
-    def cache(self) -> SequenceCache | None:
-        """Supervision kept for sequences that are asked for again, where it is."""
-        return self._queue.cache
-
     def submit(
         self,
         request: SupervisionRequest,
@@ -192,7 +183,6 @@ class TargetModelServer:
             client=client,
             make_tensors=make_tensors,
             answer_bytes=size,
-            keys=() if self.cache is None else self.cache.keys(request),
             max_part_tokens=self._max_batch_tokens,
         )
         with self._submitting:
@@ -250,11 +240,9 @@ class TargetModelServer:
             raise self._state.unavailable()
         self._queue.put(work)
 
-    def _take_target(self, runner: TargetRunner, served: ServedTarget) -> None:
-        """An engine was loaded; its cache outlives it."""
+    def _take_target(self, runner: TargetRunner) -> None:
+        """An engine was loaded."""
         self._has_draft_head = runner.draft_head(torch.tensor([0])) is not None
-        if self._cache_bytes and self._queue.cache is None:
-            self._queue.cache = SequenceCache(self._cache_bytes, served.fingerprint)
 
     def _stick(self, failure: str) -> None:
         """The engine does not return: whoever waits for it gets an answer."""
