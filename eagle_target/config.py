@@ -169,12 +169,6 @@ class ClientConfig(BaseModel):
         description="Seconds from its first failure for which a batch is asked for beyond `max_retries`, while no "
         "server can be reached.",
     )
-    hedge_after: float | None = Field(
-        default=None,
-        gt=0,
-        description="Seconds after which a batch that is not there is also asked for on another server that has less "
-        "to do; default never.",
-    )
     ready_timeout: float = Field(default=600.0, ge=0, description="Seconds to wait for servers that are still loading.")
     min_servers: int | None = Field(
         default=None, ge=1, description="Servers that must be ready and alike to begin with; default all."

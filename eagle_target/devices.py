@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import TYPE_CHECKING
-
 import torch
 
 from eagle_target.errors import ConfigError
-
-if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
 
 
 def resolve_device(device: torch.device | str) -> torch.device:
@@ -37,8 +31,3 @@ def use_device(device: torch.device) -> None:
     """Make a CUDA device the calling thread's current one, for good; nothing to do for others."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-
-
-def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Make a CUDA device the calling thread's current one inside; nothing to do for others."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -119,7 +119,6 @@ def open_target(config: ClientConfig) -> Eagle3TargetBackend:
             max_retries=config.max_retries,
             retry_timeout=config.retry_timeout,
             min_servers=config.min_servers,
-            hedge_after=config.hedge_after,
             ready_timeout=config.ready_timeout,
             **target_options,
         )

@@ -9,7 +9,6 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from eagle_target.client.cancellation import present_errand
 from eagle_target.errors import (
     AdapterError,
     ConnectError,
@@ -47,7 +46,6 @@ class Standing:
     failures: int = 0
     paused_until: float = 0.0
     last_error: str | None = None
-    lost: int = 0
 
     def fail(self, error: Exception) -> None:
         """Leave the server alone for a while, longer with every failure in a row."""
@@ -58,16 +56,9 @@ class Standing:
         pause = min(FIRST_PAUSE_SECONDS * 2 ** (self.failures - 1), LONGEST_PAUSE_SECONDS)
         self.paused_until = time.monotonic() + pause
 
-    def lose(self, seconds: float) -> None:
-        """Another server was faster: leave this one alone for so long, and longer with every time in a row."""
-        now = time.monotonic()
-        if now >= self.paused_until:
-            self.lost += 1
-            self.paused_until = now + min(seconds * 2 ** (self.lost - 1), LONGEST_PAUSE_SECONDS)
-
     def succeed(self) -> None:
         """Forget earlier failures."""
-        self.failures, self.paused_until, self.last_error, self.lost = 0, 0.0, None, 0
+        self.failures, self.paused_until, self.last_error = 0, 0.0, None
 
     def health(self) -> dict[str, Any]:
         """As `model_info` tells it: failures in a row, and seconds until it is tried again."""
@@ -105,18 +96,16 @@ class Dispatcher:
         Raises:
             EagleTargetError: what the last attempt raised, with the servers that were tried named.
         """
-        errand = present_errand()
         deadline = time.monotonic() + self._timeout
         last_chance = math.inf
         tried: list[Standing] = []
         while True:
             standing = self._choose(tried, last_chance)
             try:
-                errand.go_to(standing)
                 answer = operation(standing.peer)
             except EagleTargetError as error:
                 self._release(standing, error)
-                if errand.given_up or not is_retryable(error):
+                if not is_retryable(error):
                     raise
                 if is_busy(error) and time.monotonic() < deadline and not self._stopped.is_set():
                     self._pause(standing, error)
@@ -134,38 +123,6 @@ class Dispatcher:
             else:
                 self._release(standing, None)
                 return answer
-
-    def take_spare(self, slow: Standing) -> Standing | None:
-        """A server that is well and has less to do than a slow one, with one more request; None if there is none."""
-        with self._lock:
-            now = time.monotonic()
-            spare = [
-                standing
-                for standing in self.standings
-                if standing.outstanding < slow.outstanding and not standing.failures and standing.paused_until <= now
-            ]
-            if not spare:
-                return None
-            best = min(spare, key=lambda standing: standing.outstanding)
-            best.outstanding += 1
-            return best
-
-    def run_on(self, standing: Standing, operation: Callable[[Peer], Answer]) -> Answer:
-        """Run an operation once, on a server of `take_spare`."""
-        error: BaseException | None = None
-        try:
-            present_errand().go_to(standing)
-            return operation(standing.peer)
-        except BaseException as raised:
-            error = raised
-            raise
-        finally:
-            self._release(standing, error)
-
-    def lose(self, standing: Standing, seconds: float) -> None:
-        """Another server answered a request before this one: leave it alone for a while."""
-        with self._lock:
-            standing.lose(seconds)
 
     def stop(self) -> None:
         """Make no further attempts."""
@@ -202,7 +159,7 @@ class Dispatcher:
         with self._lock:
             standing.outstanding -= 1
             failures = standing.failures
-            if present_errand().given_up or self._stopped.is_set():
+            if self._stopped.is_set():
                 return  # it says nothing about the server
             if error is None:
                 standing.succeed()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
+import socket
 import threading
 import time
 import weakref
@@ -17,7 +19,6 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from eagle_target.auth import Access
-from eagle_target.client.cancellation import Errand, present_errand, shut_down
 from eagle_target.client.lease import Presence
 from eagle_target.errors import (
     AdapterError,
@@ -36,7 +37,6 @@ from eagle_target.errors import (
 from eagle_target.protocol import messages
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Mapping, Sequence
 
 
@@ -61,6 +61,13 @@ class OpenSockets:
             self.closed = True
             for connected in self._sockets:
                 shut_down(connected)
+
+
+def shut_down(connected: socket.socket) -> None:
+    """End a connection in both directions, from any thread; whoever waits on it gets an error."""
+    # Not TLS's own shutdown, which takes the session from under whoever reads.
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(connected, socket.SHUT_RDWR)
 
 
 class _KeepsAnswer:
@@ -93,19 +100,13 @@ def source_of(answer: urllib3.BaseHTTPResponse) -> http.client.HTTPResponse | ur
 
 
 def tracked(kind: type[Any], sockets: OpenSockets) -> type[Any]:
-    """A connection class that tells of the sockets it opens and of whose errand they are used for."""
+    """A connection class that tells of the sockets it opens."""
 
     class Connection(kind):  # type: ignore[misc]
         def connect(self) -> None:
             super().connect()
             # Not the connection: it lets go of its socket while a last answer is still read from it.
             sockets.add(self.sock)
-            present_errand().hold(self.sock)
-
-        def request(self, *args: Any, **options: Any) -> None:
-            if self.sock is not None:
-                present_errand().hold(self.sock)
-            super().request(*args, **options)
 
     return Connection
 
@@ -243,12 +244,11 @@ class ServerConnection:
         headers: Mapping[str, str] | None = None,
         *,
         timeout: float | None = None,
-        errand: Errand | None = None,
     ) -> ResponseBody:
         """Send a request and return its answer's body, unread.
 
         Args:
-            timeout: where this one may take less. errand: whose it is, if it may be given up.
+            timeout: where this one may take less.
 
         Raises:
             ServerError, ContractError, ...: the server answered with a problem.
@@ -256,29 +256,27 @@ class ServerConnection:
         """
         timeout = self._timeout if timeout is None else timeout
         deadline = time.monotonic() + timeout
-        errand = errand or Errand()
         body = b"".join(parts) if parts or method in ("POST", "PUT") else None
         try:
-            with errand.under_way():
-                answer = self._pool.urlopen(
-                    method,
-                    path,
-                    body=body,
-                    headers={
-                        "Content-Type": messages.CONTENT_TYPE,
-                        **({} if body is None else {messages.CHECKSUM: messages.checksum_of([body])}),
-                        **self._headers,
-                        **self._access.headers(),
-                        **(headers or {}),
-                    },
-                    retries=False,
-                    redirect=False,
-                    preload_content=False,
-                    timeout=urllib3.Timeout(connect=min(CONNECT_SECONDS, timeout), read=timeout),
-                )
+            answer = self._pool.urlopen(
+                method,
+                path,
+                body=body,
+                headers={
+                    "Content-Type": messages.CONTENT_TYPE,
+                    **({} if body is None else {messages.CHECKSUM: messages.checksum_of([body])}),
+                    **self._headers,
+                    **self._access.headers(),
+                    **(headers or {}),
+                },
+                retries=False,
+                redirect=False,
+                preload_content=False,
+                timeout=urllib3.Timeout(connect=min(CONNECT_SECONDS, timeout), read=timeout),
+            )
         except (http_errors.HTTPError, OSError) as error:
             raise self.translate(error) from error
-        response = ResponseBody(self, answer, deadline, errand)
+        response = ResponseBody(self, answer, deadline)
         if answer.status >= 300:
             raise error_of(self.url, answer.status, answer.headers, response.read_all(MAX_JSON_BYTES))
         if self._presence is not None:
@@ -319,9 +317,7 @@ class ServerConnection:
 class ResponseBody:
     """The body of one answer, read once; the connection goes back to the pool at its end."""
 
-    def __init__(
-        self, server: ServerConnection, answer: urllib3.BaseHTTPResponse, deadline: float, errand: Errand
-    ) -> None:
+    def __init__(self, server: ServerConnection, answer: urllib3.BaseHTTPResponse, deadline: float) -> None:
         self._server = server
         self._answer = answer
         self.deadline = deadline
@@ -330,9 +326,7 @@ class ResponseBody:
         self.length = self._left = _content_length(answer)
         self._source = source_of(answer)
         self._checksum = Checksum(server.has_checksums)
-        self._errand = errand
         if not self._left:
-            self._errand.let_go()
             answer.drain_conn()
 
     def readinto(self, buffer: memoryview) -> None:
@@ -349,14 +343,12 @@ class ResponseBody:
                     raise http_errors.IncompleteRead(self.length - self._left + filled, self._left - filled)
                 self._checksum.update(buffer[filled : filled + count])
                 filled += count
-                self._errand.nbytes += count
                 self._check_deadline()
         except (http_errors.HTTPError, OSError, ValueError) as error:
             self.close()
             raise self._server.translate(error) from error
         self._left -= filled
         if not self._left:
-            self._errand.let_go()
             self._answer.release_conn()
 
     def check(self) -> None:

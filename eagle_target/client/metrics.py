@@ -62,8 +62,6 @@ def _of_traffic(traffic: dict[str, Any]) -> Iterator[Metric]:
         "tokens": ("tokens", "Tokens supervised."),
         "bytes_received": ("received_bytes", "Answers, in HTTP bodies and beside them."),
         "retries": ("retries", "Attempts that were made again."),
-        "hedges": ("hedges", "Requests that were also asked for on another server."),
-        "hedges_won": ("hedges_won", "Hedges that were answered first."),
     }
     for field, (name, text) in counters.items():
         yield CounterMetricFamily(f"{PREFIX}_{name}", text, value=traffic[field])

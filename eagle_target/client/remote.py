@@ -12,23 +12,20 @@ from eagle_target.auth import open_access
 from eagle_target.backend import BatchForm, RequestingBackend
 from eagle_target.client.balancer import Dispatcher
 from eagle_target.client.connecting import connect_servers
-from eagle_target.client.hedging import Hedging
 from eagle_target.client.http import ServerConnection
 from eagle_target.client.session import Peer
 from eagle_target.client.timings import Traffic
 from eagle_target.compute.assembly import StagedSink
 from eagle_target.contract.request import PROBS_DTYPES, Encoding, RowPolicy, bytes_per_token
-from eagle_target.devices import on_device, resolve_device
+from eagle_target.devices import resolve_device
 from eagle_target.errors import ConfigError, ConnectError
 from eagle_target.memory import BufferPool, PinnedPool
 from eagle_target.plugins.registry import load_plugins
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from concurrent.futures import Future
     from pathlib import Path
 
-    from eagle_target.client.cancellation import Errand
     from eagle_target.client.timings import Received
     from eagle_target.compute.layout import TrainerRows
     from eagle_target.contract.batch import Eagle3TargetBatch
@@ -52,7 +49,7 @@ class Answered(NamedTuple):
 class RemoteEagle3TargetModel(RequestingBackend):
     """Supervision from one or more servers. Build it with `from_urls`; safe to use from several threads."""
 
-    def __init__(self, dispatcher: Dispatcher, form: BatchForm, *, hedge_after: float | None = None) -> None:
+    def __init__(self, dispatcher: Dispatcher, form: BatchForm) -> None:
         first = dispatcher.standings[0].peer.handshake
         super().__init__(first.target, form, workers=WORKERS_PER_SERVER * len(dispatcher.standings))
         self._dispatcher = dispatcher
@@ -61,7 +58,6 @@ class RemoteEagle3TargetModel(RequestingBackend):
         self._buffers = BufferPool()
         self._staging = PinnedPool(form.device) if form.device.type == "cuda" else BufferPool()
         self._traffic = Traffic()
-        self._hedging = None if hedge_after is None else Hedging[Answered](dispatcher, hedge_after, self._forget)
 
     @classmethod
     def from_urls(
@@ -83,7 +79,6 @@ class RemoteEagle3TargetModel(RequestingBackend):
         timeout: float = 120.0,
         max_retries: int = 3,
         retry_timeout: float = 60.0,
-        hedge_after: float | None = None,
         ready_timeout: float = 600.0,
         min_servers: int | None = None,
     ) -> Self:
@@ -107,8 +102,6 @@ class RemoteEagle3TargetModel(RequestingBackend):
             max_retries: further attempts after a failed one, on another server where there is one.
             retry_timeout: seconds from its first failure for which a batch is asked for again beyond `max_retries`,
                 while no server can be reached.
-            hedge_after: seconds after which a batch that is not there is also asked for on another server that has
-                less to do; the first right answer is taken. None for never.
             ready_timeout: seconds to wait for a server that is still loading.
             min_servers: how many servers must be ready and serve the same to begin with; default all. Others are left
                 out until they do: the first server of the list that is ready says what is served.
@@ -122,8 +115,6 @@ class RemoteEagle3TargetModel(RequestingBackend):
             raise ConfigError(f"urls must be a list of at least one server, got {urls!r}")
         if rows not in get_args(RowPolicy) or probs_dtype not in PROBS_DTYPES:
             raise ConfigError(f"rows must be supervised or all, probs_dtype a float, got {rows!r} and {probs_dtype}")
-        if hedge_after is not None and not hedge_after > 0:
-            raise ConfigError(f"hedge_after must be seconds, more than 0, got {hedge_after}")
         # Other threads' current device is another one.
         batch_device = resolve_device(device)
         plugins = load_plugins()
@@ -158,7 +149,7 @@ class RemoteEagle3TargetModel(RequestingBackend):
         for standing in dispatcher.standings:
             if standing.peer in left_out:
                 standing.fail(left_out[standing.peer])
-        return cls(dispatcher, BatchForm(chosen, rows, probs_dtype, batch_device), hedge_after=hedge_after)
+        return cls(dispatcher, BatchForm(chosen, rows, probs_dtype, batch_device))
 
     def model_info(self) -> dict[str, Any]:
         """Facts about the target, each server's health and transport, what has travelled and where its time went."""
@@ -178,12 +169,7 @@ class RemoteEagle3TargetModel(RequestingBackend):
                 }
                 for standing in self._dispatcher.standings
             ],
-            "traffic": {
-                **self._traffic.totals(),
-                "retries": self._dispatcher.retries,
-                "hedges": 0 if self._hedging is None else self._hedging.hedges,
-                "hedges_won": 0 if self._hedging is None else self._hedging.won,
-            },
+            "traffic": {**self._traffic.totals(), "retries": self._dispatcher.retries},
         }
 
     def _bytes_per_token(self) -> dict[str, int]:
@@ -197,8 +183,7 @@ class RemoteEagle3TargetModel(RequestingBackend):
         return self._dispatcher.run(lambda peer: peer.fetch_input_embedding()).to(self.form.device)
 
     def _answer(self, rows: TrainerRows, request: SupervisionRequest, head: DraftHead | None) -> Eagle3TargetBatch:
-        run = self._dispatcher.run if self._hedging is None else self._hedging.run
-        answered = run(lambda peer: self._ask(peer, rows, request, head))
+        answered = self._dispatcher.run(lambda peer: self._ask(peer, rows, request, head))
         self._traffic.count(request.tokens, answered.received, answered.assembly)
         return answered.batch
 
@@ -206,19 +191,12 @@ class RemoteEagle3TargetModel(RequestingBackend):
         def make_sink() -> StagedSink:
             return StagedSink(self._assembler(rows, request, head), self.form.device, self._staging.allocate)
 
-        # A hedge's attempts run on threads of their own.
-        with on_device(self.form.device):
-            sink, received = peer.supervise(request, make_sink)
-            started = time.perf_counter()
-            with torch.no_grad():
-                batch = sink.finish()
+        sink, received = peer.supervise(request, make_sink)
+        started = time.perf_counter()
+        with torch.no_grad():
+            batch = sink.finish()
         self._staging.trim(STAGING_IDLE_SECONDS)
         return Answered(batch, received, time.perf_counter() - started)
-
-    def _forget(self, errand: Errand, ended: Future[Answered]) -> None:
-        """Count what an attempt received that was of no use."""
-        whole = ended.exception() is None
-        self._traffic.count_unused(ended.result().received.nbytes if whole else errand.nbytes)
 
     def _fetch_draft_head(self, mapping: VocabMapping) -> DraftHead:
         return self._dispatcher.run(lambda peer: peer.fetch_draft_head(mapping))
@@ -236,8 +214,6 @@ class RemoteEagle3TargetModel(RequestingBackend):
             standing.peer.close()
 
     def _release(self) -> None:
-        if self._hedging is not None:
-            self._hedging.join()
         self._buffers.close()
         self._staging.close()
 

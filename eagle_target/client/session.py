@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from eagle_target.client.cancellation import present_errand
 from eagle_target.client.lease import GIVE_UP_SECONDS, ChannelControl
 from eagle_target.client.timings import received
 from eagle_target.contract.runner import DraftHead
@@ -360,9 +359,7 @@ class Peer:
             headers[messages.CHANNEL] = agreement.control.channel_id
         if agreement.refused:
             headers[messages.PASSED_OVER] = ",".join(agreement.refused)
-        body = self.connection.request(
-            "POST", messages.SUPERVISION, messages.encode_request(request), headers, errand=present_errand()
-        )
+        body = self.connection.request("POST", messages.SUPERVISION, messages.encode_request(request), headers)
         expected = identity if request.mapping is None else {**identity, messages.MAPPING: request.mapping.sha256}
         try:
             check_answer(self.url, body.headers, expected)

@@ -60,11 +60,6 @@ class Traffic:
             for stage, seconds in {**answer.seconds, "assembly": assembly}.items():
                 self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds
 
-    def count_unused(self, nbytes: int) -> None:
-        """Add the bytes of an answer that was not used: another server's was there first."""
-        with self._lock:
-            self._counts["bytes_received"] += nbytes
-
     def totals(self) -> dict[str, int | dict[str, float]]:
         """Requests, tokens, bytes received, and seconds by stage."""
         with self._lock:

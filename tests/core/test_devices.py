@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from eagle_target.colocated import RunnerEagle3TargetModel
-from eagle_target.devices import is_numbered, on_device, resolve_device, use_device
+from eagle_target.devices import is_numbered, resolve_device, use_device
 from eagle_target.errors import ConfigError
 from eagle_target.testing.tiny import EmbeddingRunner
 
@@ -41,11 +41,9 @@ def test_a_device_that_is_not_there_is_told_by_name(monkeypatch: pytest.MonkeyPa
         resolve_device("gpu7")
 
 
-def test_the_cpu_needs_no_number_and_no_context() -> None:
+def test_the_cpu_needs_no_number() -> None:
     cpu = torch.device("cpu")
     assert resolve_device("cpu") == cpu
     assert is_numbered(cpu)
     assert not is_numbered(torch.device("cuda"))
     use_device(cpu)
-    with on_device(cpu):
-        pass

@@ -152,13 +152,6 @@ MUTANTS = (
         ("test_f4_threads_of_a_backend_have_its_device_as_their_current_one",),
     ),
     Mutant(
-        "F4: a hedge's attempts begin on device 0",
-        "eagle_target/client/remote.py",
-        "with on_device(self.form.device):",
-        "with torch.no_grad():",
-        ("test_f4_attempts_of_a_hedged_request_have_the_clients_device_as_their_current_one",),
-    ),
-    Mutant(
         "F4: the server takes a device without a number",
         "eagle_target/server/engine/stages.py",
         "if not is_numbered(device):",

@@ -362,22 +362,6 @@ def test_f4_threads_of_a_backend_have_its_device_as_their_current_one(machine: M
     assert seen == [2]
 
 
-@IN_ONE_ORDER
-def test_f4_attempts_of_a_hedged_request_have_the_clients_device_as_their_current_one(machine: Machine) -> None:
-    seen: set[int] = set()
-
-    class Looking(RemoteEagle3TargetModel):
-        def _allocate(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-            seen.add(torch.cuda.current_device())
-            return super()._allocate(shape, dtype)
-
-    with served(machine) as url, machine.in_process("trainer"):
-        torch.cuda.set_device(2)
-        with Looking.from_urls([url], device="cuda", encoding="logits", transport="wire", hedge_after=60.0) as client:
-            client.generate_batch(**rows_of_a_trainer())
-    assert seen == {2}
-
-
 @IN_PLAIN_ORDERS
 @pytest.mark.parametrize("supervises", [False, True])
 def test_f4_threads_of_a_server_are_on_its_targets_device(
