@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from eagle_target.backoff import backoff
 from eagle_target.errors import (
     AdapterError,
     ConnectError,
@@ -25,7 +26,7 @@ from eagle_target.errors import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from eagle_target.client.session import Peer
+    from eagle_target.client.session import ServerSession
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +39,13 @@ Answer = TypeVar("Answer")
 
 
 @dataclass(slots=True, eq=False)
-class Standing:
-    """How one server is doing."""
+class ServerHealth:
+    """How one server is doing.
 
-    peer: Peer
+    outstanding: requests under way. failures: in a row. paused_until: `time.monotonic()` at which it is asked again.
+    """
+
+    session: ServerSession
     outstanding: int = 0
     failures: int = 0
     paused_until: float = 0.0
@@ -53,14 +57,14 @@ class Standing:
         if self.failures and time.monotonic() < self.paused_until:
             return  # of the same outage: it was under way when the pause began
         self.failures += 1
-        pause = min(FIRST_PAUSE_SECONDS * 2 ** (self.failures - 1), LONGEST_PAUSE_SECONDS)
+        pause = backoff(self.failures, first=FIRST_PAUSE_SECONDS, longest=LONGEST_PAUSE_SECONDS)
         self.paused_until = time.monotonic() + pause
 
     def succeed(self) -> None:
         """Forget earlier failures."""
         self.failures, self.paused_until, self.last_error = 0, 0.0, None
 
-    def health(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """As `model_info` tells it: failures in a row, and seconds until it is tried again."""
         return {
             "healthy": self.failures == 0,
@@ -71,26 +75,31 @@ class Standing:
         }
 
 
-class Dispatcher:
+class Balancer:
     """Runs pure requests on one of several servers.
 
     Args:
-        peers: the servers. max_retries: further attempts after a failed one.
+        sessions: the servers. max_retries: further attempts after a failed one.
         timeout: seconds a full queue or a server that loads is waited for, across attempts.
         retry_timeout: seconds from a request's first failure for which it is tried beyond `max_retries`, while
             servers cannot be reached.
+
+    Attributes:
+        servers: in the order of the sessions. retries: attempts that were made again so far.
     """
 
-    def __init__(self, peers: Sequence[Peer], *, max_retries: int, timeout: float, retry_timeout: float = 0.0) -> None:
-        self.standings = [Standing(peer) for peer in peers]
+    def __init__(
+        self, sessions: Sequence[ServerSession], *, max_retries: int, timeout: float, retry_timeout: float = 0.0
+    ) -> None:
+        self.servers = [ServerHealth(session) for session in sessions]
+        self.retries = 0
         self._max_retries = max_retries
         self._retry_timeout = retry_timeout
         self._timeout = timeout
         self._lock = threading.Lock()
         self._stopped = threading.Event()
-        self.retries = 0
 
-    def run(self, operation: Callable[[Peer], Answer]) -> Answer:
+    def run(self, operation: Callable[[ServerSession], Answer]) -> Answer:
         """Run an operation, again and elsewhere as long as that can help.
 
         Raises:
@@ -98,46 +107,46 @@ class Dispatcher:
         """
         deadline = time.monotonic() + self._timeout
         last_chance = math.inf
-        tried: list[Standing] = []
+        tried: list[ServerHealth] = []
         while True:
-            standing = self._choose(tried, last_chance)
+            server = self._choose(tried, last_chance)
             try:
-                answer = operation(standing.peer)
+                answer = operation(server.session)
             except EagleTargetError as error:
-                self._release(standing, error)
+                self._release(server, error)
                 if not is_retryable(error):
                     raise
                 if is_busy(error) and time.monotonic() < deadline and not self._stopped.is_set():
-                    self._pause(standing, error)
+                    self._pause(server, error)
                     continue
                 if not tried:
                     last_chance = time.monotonic() + self._retry_timeout
-                tried.append(standing)
+                tried.append(server)
                 if self._is_given_up(error, tried, last_chance):
                     raise _exhausted(error, tried) from error
                 self.retries += 1
                 logger.warning("attempt %d of a batch failed and is made again: %s", len(tried), error)
             except BaseException as error:
-                self._release(standing, error)
+                self._release(server, error)
                 raise
             else:
-                self._release(standing, None)
+                self._release(server, None)
                 return answer
 
     def stop(self) -> None:
         """Make no further attempts."""
         self._stopped.set()
 
-    def _is_given_up(self, error: EagleTargetError, tried: Sequence[Standing], last_chance: float) -> bool:
-        """Whether a request is not tried again. It is as long as a server is left that is well, as far as is known."""
+    def _is_given_up(self, error: EagleTargetError, tried: Sequence[ServerHealth], last_chance: float) -> bool:
+        """True when no further attempt is made: there is one as long as a server is well as far as is known."""
         if self._stopped.is_set():
             return True
         if len(tried) <= self._max_retries or (is_outage(error) and time.monotonic() < last_chance):
             return False
         with self._lock:
-            return all(standing in tried or standing.failures for standing in self.standings)
+            return all(server in tried or server.failures for server in self.servers)
 
-    def _choose(self, tried: Sequence[Standing], last_chance: float) -> Standing:
+    def _choose(self, tried: Sequence[ServerHealth], last_chance: float) -> ServerHealth:
         """The healthy server with the least outstanding, those not tried yet first; wait if all are paused.
 
         At `last_chance` a paused one is taken, so that a request does not outlive its time by a pause.
@@ -145,36 +154,36 @@ class Dispatcher:
         while True:
             with self._lock:
                 now = time.monotonic()
-                healthy = [standing for standing in self.standings if standing.paused_until <= now]
+                healthy = [server for server in self.servers if server.paused_until <= now]
                 if healthy or self._stopped.is_set() or (now >= last_chance and len(tried) > self._max_retries):
-                    best = min(healthy or self.standings, key=lambda s: (s in tried, s.outstanding, s.failures))
+                    best = min(healthy or self.servers, key=lambda s: (s in tried, s.outstanding, s.failures))
                     best.outstanding += 1
                     return best
-                over = min(standing.paused_until for standing in self.standings)
+                over = min(server.paused_until for server in self.servers)
             if len(tried) > self._max_retries:
                 over = min(over, last_chance)
             self._stopped.wait(max(over - now, 0.01))
 
-    def _release(self, standing: Standing, error: BaseException | None) -> None:
+    def _release(self, server: ServerHealth, error: BaseException | None) -> None:
         with self._lock:
-            standing.outstanding -= 1
-            failures = standing.failures
+            server.outstanding -= 1
+            failures = server.failures
             if self._stopped.is_set():
                 return  # it says nothing about the server
             if error is None:
-                standing.succeed()
+                server.succeed()
             elif isinstance(error, EagleTargetError) and is_retryable(error) and not is_busy(error):
-                standing.fail(error)
+                server.fail(error)
         if failures and error is None:
-            logger.info("%s answers again, after %d failures in a row", standing.peer.url, failures)
-        elif standing.failures > failures:
-            logger.warning("%s failed, the %d. time in a row: %s", standing.peer.url, failures + 1, error)
+            logger.info("%s answers again, after %d failures in a row", server.session.url, failures)
+        elif server.failures > failures:
+            logger.warning("%s failed, the %d. time in a row: %s", server.session.url, failures + 1, error)
 
-    def _pause(self, standing: Standing, error: EagleTargetError) -> None:
+    def _pause(self, server: ServerHealth, error: EagleTargetError) -> None:
         """Leave a busy server alone for as long as it asks; others are asked meanwhile."""
         seconds = getattr(error, "retry_after", None) or BUSY_PAUSE_SECONDS
         with self._lock:
-            standing.paused_until = time.monotonic() + min(seconds, self._timeout)
+            server.paused_until = time.monotonic() + min(seconds, self._timeout)
 
 
 def is_retryable(error: EagleTargetError) -> bool:
@@ -203,8 +212,8 @@ def is_busy(error: EagleTargetError) -> bool:
     return isinstance(error, ServerError) and error.problem in ("loading", FORGOTTEN)
 
 
-def _exhausted(error: EagleTargetError, tried: Sequence[Standing]) -> EagleTargetError:
-    urls = [standing.peer.url for standing in tried]
+def _exhausted(error: EagleTargetError, tried: Sequence[ServerHealth]) -> EagleTargetError:
+    urls = [server.session.url for server in tried]
     message = f"{error} (gave up after {len(tried)} attempts, on {', '.join(urls)})"
     if isinstance(error, ServerError):
         return type(error)(message, status=error.status, problem=error.problem, retry_after=error.retry_after)

@@ -19,7 +19,6 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from eagle_target.auth import Access
-from eagle_target.client.lease import Presence
 from eagle_target.errors import (
     AdapterError,
     ConfigError,
@@ -189,7 +188,7 @@ class ServerConnection:
 
     Args:
         url: `http://host:port` or `https://...`. timeout: seconds one request may take. max_connections: kept open.
-        client_id: whose requests these are; the server is told that this client is there, and when it leaves.
+        client_id: whose requests these are; empty for nobody's in particular.
         access: token and certificates. checksum: whether answers of tensors are asked to come with one.
 
     Raises:
@@ -216,15 +215,15 @@ class ServerConnection:
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or parts.query:
             raise ConfigError(f"{url!r} is not the URL of a server: http://host:port is expected")
         self.url = f"{parts.scheme}://{parts.netloc}"
+        self.client_id = client_id
         self._timeout = timeout
         self._headers = {messages.CLIENT: client_id} if client_id else {}
         self.has_checksums = checksum
         if checksum:
             self._headers[messages.WANT_CHECKSUM] = messages.CHECKSUM_NAME
         self._access = access or Access()
-        self._presence = Presence(self, client_id) if client_id else None
         self._sockets = OpenSockets()
-        # One more for what threads of this client send beside the requests: renewals of its presence and leases.
+        # One more for what the lease's thread sends beside the requests.
         kept = max_connections + 1
         self._pool: HTTPConnectionPool
         if parts.scheme == "https":
@@ -279,8 +278,6 @@ class ServerConnection:
         response = ResponseBody(self, answer, deadline)
         if answer.status >= 300:
             raise error_of(self.url, answer.status, answer.headers, response.read_all(MAX_JSON_BYTES))
-        if self._presence is not None:
-            self._presence.begin()
         return response
 
     def request_json(
@@ -295,9 +292,7 @@ class ServerConnection:
         return data
 
     def close(self) -> None:
-        """Take leave and close every connection; requests under way end with a ConnectError. Safe to call twice."""
-        if self._presence is not None:
-            self._presence.end()
+        """Close every connection; requests under way end with a ConnectError. Safe to call twice."""
         self._sockets.cut()
         self._pool.close()
 

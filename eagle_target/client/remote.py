@@ -10,10 +10,10 @@ import torch
 
 from eagle_target.auth import open_access
 from eagle_target.backend import BatchForm, RequestingBackend
-from eagle_target.client.balancer import Dispatcher
+from eagle_target.client.balancer import Balancer
 from eagle_target.client.connecting import connect_servers
 from eagle_target.client.http import ServerConnection
-from eagle_target.client.session import Peer
+from eagle_target.client.session import ServerSession
 from eagle_target.client.timings import Traffic
 from eagle_target.compute.assembly import StagedSink
 from eagle_target.contract.request import PROBS_DTYPES, Encoding, RowPolicy, bytes_per_token
@@ -49,10 +49,10 @@ class Answered(NamedTuple):
 class RemoteEagle3TargetModel(RequestingBackend):
     """Supervision from one or more servers. Build it with `from_urls`; safe to use from several threads."""
 
-    def __init__(self, dispatcher: Dispatcher, form: BatchForm) -> None:
-        first = dispatcher.standings[0].peer.handshake
-        super().__init__(first.target, form, workers=WORKERS_PER_SERVER * len(dispatcher.standings))
-        self._dispatcher = dispatcher
+    def __init__(self, balancer: Balancer, form: BatchForm) -> None:
+        first = balancer.servers[0].session.handshake
+        super().__init__(first.target, form, workers=WORKERS_PER_SERVER * len(balancer.servers))
+        self._balancer = balancer
         self._fingerprint = first.fingerprint
         self._aux_layer_ids = first.aux_layer_ids
         self._buffers = BufferPool()
@@ -122,8 +122,8 @@ class RemoteEagle3TargetModel(RequestingBackend):
         access = open_access(
             token=token, token_file=token_file, ca_file=ca_file, client_cert=client_cert, client_key=client_key
         )
-        peers = [
-            Peer(
+        sessions = [
+            ServerSession(
                 ServerConnection(
                     url,
                     timeout=timeout,
@@ -140,16 +140,16 @@ class RemoteEagle3TargetModel(RequestingBackend):
             for url in dict.fromkeys(url.rstrip("/") for url in urls)
         ]
         try:
-            chosen, left_out = connect_servers(peers, encoding, ready_timeout=ready_timeout, min_servers=min_servers)
+            chosen, left_out = connect_servers(sessions, encoding, ready_timeout=ready_timeout, min_servers=min_servers)
         except BaseException:
-            for peer in peers:
-                peer.close()
+            for session in sessions:
+                session.close()
             raise
-        dispatcher = Dispatcher(peers, max_retries=max_retries, timeout=timeout, retry_timeout=retry_timeout)
-        for standing in dispatcher.standings:
-            if standing.peer in left_out:
-                standing.fail(left_out[standing.peer])
-        return cls(dispatcher, BatchForm(chosen, rows, probs_dtype, batch_device))
+        balancer = Balancer(sessions, max_retries=max_retries, timeout=timeout, retry_timeout=retry_timeout)
+        for server in balancer.servers:
+            if server.session in left_out:
+                server.fail(left_out[server.session])
+        return cls(balancer, BatchForm(chosen, rows, probs_dtype, batch_device))
 
     def model_info(self) -> dict[str, Any]:
         """Facts about the target, each server's health and transport, what has travelled and where its time went."""
@@ -161,37 +161,39 @@ class RemoteEagle3TargetModel(RequestingBackend):
             "bytes_per_token": self._bytes_per_token(),
             "servers": [
                 {
-                    "url": standing.peer.url,
-                    "transport": standing.peer.transport,
-                    "transports_refused": dict(standing.peer.refused),
-                    "fallbacks": standing.peer.fallbacks,
-                    **standing.health(),
+                    "url": server.session.url,
+                    "transport": server.session.transport,
+                    "transports_refused": dict(server.session.refused),
+                    "fallbacks": server.session.fallbacks,
+                    **server.describe(),
                 }
-                for standing in self._dispatcher.standings
+                for server in self._balancer.servers
             ],
-            "traffic": {**self._traffic.totals(), "retries": self._dispatcher.retries},
+            "traffic": {**self._traffic.totals(), "retries": self._balancer.retries},
         }
 
     def _bytes_per_token(self) -> dict[str, int]:
         mapping = self._vocabulary.mapping
-        encodings = self._dispatcher.standings[0].peer.handshake.encodings
+        encodings = self._balancer.servers[0].session.handshake.encodings
         return bytes_per_token(self.info, encodings, None if mapping is None else mapping.draft_vocab_size)
 
     def input_embedding_weight(self) -> torch.Tensor:
         """See `Eagle3TargetBackend.input_embedding_weight`; fetched at each call, so keep it."""
         self._check_open()
-        return self._dispatcher.run(lambda peer: peer.fetch_input_embedding()).to(self.form.device)
+        return self._balancer.run(lambda session: session.fetch_input_embedding()).to(self.form.device)
 
     def _answer(self, rows: TrainerRows, request: SupervisionRequest, head: DraftHead | None) -> Eagle3TargetBatch:
-        answered = self._dispatcher.run(lambda peer: self._ask(peer, rows, request, head))
+        answered = self._balancer.run(lambda session: self._ask(session, rows, request, head))
         self._traffic.count(request.tokens, answered.received, answered.assembly)
         return answered.batch
 
-    def _ask(self, peer: Peer, rows: TrainerRows, request: SupervisionRequest, head: DraftHead | None) -> Answered:
+    def _ask(
+        self, session: ServerSession, rows: TrainerRows, request: SupervisionRequest, head: DraftHead | None
+    ) -> Answered:
         def make_sink() -> StagedSink:
             return StagedSink(self._assembler(rows, request, head), self.form.device, self._staging.allocate)
 
-        sink, received = peer.supervise(request, make_sink)
+        sink, received = session.supervise(request, make_sink)
         started = time.perf_counter()
         with torch.no_grad():
             batch = sink.finish()
@@ -199,19 +201,19 @@ class RemoteEagle3TargetModel(RequestingBackend):
         return Answered(batch, received, time.perf_counter() - started)
 
     def _fetch_draft_head(self, mapping: VocabMapping) -> DraftHead:
-        return self._dispatcher.run(lambda peer: peer.fetch_draft_head(mapping))
+        return self._balancer.run(lambda session: session.fetch_draft_head(mapping))
 
     def _share_mapping(self, mapping: VocabMapping) -> None:
         # One server that takes it will do: the others get it with their first request, when they are up.
-        self._dispatcher.run(lambda peer: peer.upload_mapping(mapping))
+        self._balancer.run(lambda session: session.upload_mapping(mapping))
 
     def _closed_error(self) -> ConnectError:
         return ConnectError("this client is closed: build a new one")
 
     def _interrupt(self) -> None:
-        self._dispatcher.stop()
-        for standing in self._dispatcher.standings:
-            standing.peer.close()
+        self._balancer.stop()
+        for server in self._balancer.servers:
+            server.session.close()
 
     def _release(self) -> None:
         self._buffers.close()

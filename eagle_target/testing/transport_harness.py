@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from eagle_target.client.http import ServerConnection
-from eagle_target.client.lease import ChannelControl
+from eagle_target.client.lease import ChannelControl, Lease
 from eagle_target.contract.sinks import PackedTensors, RowStore, scattered_store
 from eagle_target.errors import ConnectError
 from eagle_target.plugins.options import build_model
@@ -192,8 +192,9 @@ class ServerClient:
         self._lock = threading.Lock()
         handshake = messages.read_handshake(self._connection.request_json("GET", messages.TARGET))
         checked = build_model(transport.options_model, options, f"options of transport {transport.name!r}")
+        self._lease = Lease(self._connection)
         self._control = ChannelControl(
-            self._connection, transport.name, device="cpu", target_device=handshake.target.device
+            self._connection, transport.name, self._lease, device="cpu", target_device=handshake.target.device
         )
         self.channel = transport.connect(checked, handshake.transports[transport.name], self._control)
 
@@ -217,6 +218,7 @@ class ServerClient:
     ) -> None:
         self.channel.close()
         self._control.give_up()
+        self._lease.end()
         self._connection.close()
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import pytest
 from eagle_target_inprocess.transport import InProcessTransport
 
 from eagle_target.client import balancer, session
+from eagle_target.client.lease import ChannelControl
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.errors import ConnectError, TransferTimeout
 from eagle_target.plugins.registry import Origin, load_plugins
@@ -22,7 +25,7 @@ from tests.server.cases import TestRunner, mapping_of, wait_until
 from tests.server.http import ask
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from eagle_target.contract.sinks import Sink
     from eagle_target.errors import TransportError
@@ -34,6 +37,10 @@ SOON_SECONDS = 20.0
 LEASE_SECONDS = 1.2
 
 
+def nothing() -> None:
+    return
+
+
 class FragileTransport(InProcessTransport):
     """`inprocess` that breaks, refuses or is passed over when a test says so."""
 
@@ -42,6 +49,7 @@ class FragileTransport(InProcessTransport):
     failures: ClassVar[list[TransportError]] = []
     refusal: ClassVar[str | None] = None
     against: ClassVar[str | None] = None
+    before_connect: ClassVar[Callable[[], None]] = nothing
     opened: ClassVar[list[FragileChannel]] = []
 
     @classmethod
@@ -50,9 +58,10 @@ class FragileTransport(InProcessTransport):
 
     @classmethod
     def connect(cls, options: PluginOptions, offer: Mapping[str, Any], control: ControlPlane) -> ClientChannel:
+        cls.before_connect()
         if cls.refusal is not None:
             raise ConnectError(cls.refusal)
-        channel = FragileChannel(super().connect(options, offer, control))
+        channel = FragileChannel(super().connect(options, offer, control), cast("ChannelControl", control))
         cls.opened.append(channel)
         return channel
 
@@ -60,10 +69,22 @@ class FragileTransport(InProcessTransport):
 class FragileChannel(ClientChannel):
     """Breaks for good with the first of the failures still to come."""
 
-    def __init__(self, inner: ClientChannel) -> None:
+    def __init__(self, inner: ClientChannel, control: ChannelControl) -> None:
         self._inner = inner
         self._broken = False
+        self._gate: threading.Event | None = None
+        self._entered = threading.Event()
+        self.control = control
         self.closed = False
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[threading.Event]:
+        """Keep what is received in the block until its end; gives the event that something is."""
+        self._gate = threading.Event()
+        try:
+            yield self._entered
+        finally:
+            self._gate.set()
 
     @property
     def broken(self) -> bool:
@@ -73,6 +94,9 @@ class FragileChannel(ClientChannel):
         if FragileTransport.failures:
             self._broken = True
             raise FragileTransport.failures.pop()
+        if self._gate is not None:
+            self._entered.set()
+            assert self._gate.wait(SOON_SECONDS)
         return self._inner.receive(body, sink)
 
     def close(self) -> None:
@@ -83,11 +107,17 @@ class FragileChannel(ClientChannel):
 @pytest.fixture(autouse=True)
 def fragile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(load_plugins().transports.origins, "fragile", Origin(FragileTransport, "tests", "0"))
-    fresh: dict[str, Any] = {"failures": [], "refusal": None, "against": None, "opened": []}
+    fresh: dict[str, Any] = {
+        "failures": [],
+        "refusal": None,
+        "against": None,
+        "before_connect": nothing,
+        "opened": [],
+    }
     for name, value in fresh.items():
         monkeypatch.setattr(FragileTransport, name, value)
     monkeypatch.setattr(balancer, "FIRST_PAUSE_SECONDS", 0.02)
-    monkeypatch.setattr(session, "FIRST_RECOVERY_SECONDS", 0.05)
+    monkeypatch.setattr(session, "FIRST_RETURN_SECONDS", 0.05)
 
 
 @pytest.fixture
@@ -106,6 +136,11 @@ def remote(server: HttpServer, transport: str, **options: Any) -> Iterator[Remot
 
 def assert_right(target: RemoteEagle3TargetModel, seed: int = 0) -> None:
     assert_same_batch(target.generate_batch(**rows_of(seed)), expected_batch(rows_of(seed)))
+
+
+def transport_after_a_batch(target: RemoteEagle3TargetModel) -> str:
+    assert_right(target)
+    return str(described(target)["transport"])
 
 
 def described(target: RemoteEagle3TargetModel) -> dict[str, Any]:
@@ -153,13 +188,13 @@ def test_with_a_choice_the_next_transport_serves_until_the_better_one_is_back(
         now = described(target)
         assert (now["transport"], now["fallbacks"], [*now["transports_refused"]]) == ("wire", 1, ["fragile"])
         FragileTransport.refusal = None
-        wait_until(lambda: described(target)["transport"] == "fragile")
-        assert_right(target)
+        wait_until(lambda: transport_after_a_batch(target) == "fragile")
         assert described(target)["transports_refused"] == {}
         assert target.model_info()["traffic"]["retries"] == 0
     assert caplog.text.count("is stepped down from") == 1
     text = ask(server.url, "GET", messages.METRICS).body.decode()
-    assert 'eagle_target_passed_over_requests_total{transport="fragile"} 3.0' in text
+    (passed_over,) = re.findall(r'eagle_target_passed_over_requests_total\{transport="fragile"\} (\S+)', text)
+    assert float(passed_over) >= 3
 
 
 def test_many_requests_on_a_channel_that_breaks_step_down_once(server: HttpServer) -> None:
@@ -195,12 +230,13 @@ def test_a_client_that_is_idle_keeps_its_channel(server: HttpServer) -> None:
     assert server._channels.expired.total() == 0
 
 
-def test_a_client_that_is_silent_loses_its_channel_and_gets_another(server: HttpServer) -> None:
+def test_a_client_that_is_silent_loses_its_channel_and_gets_another(
+    server: HttpServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with remote(server, "fragile") as target:
-        agreement = target._dispatcher.standings[0].peer._agreement
-        assert agreement is not None
-        agreement.control._ended.set()
-        wait_until(lambda: not server._channels.count("fragile"))
+        with monkeypatch.context() as silence:
+            silence.setattr(ChannelControl, "renew", lambda *_: None)
+            wait_until(lambda: not server._channels.count("fragile"))
         assert server._channels.expired == {"fragile": 1}
         assert_right(target)
         assert server._channels.count("fragile") == 1
@@ -209,23 +245,51 @@ def test_a_client_that_is_silent_loses_its_channel_and_gets_another(server: Http
 
 def test_a_client_hears_that_its_channel_is_gone_without_asking(server: HttpServer) -> None:
     with remote(server, "fragile") as target:
-        (channel,) = server._channels._open
-        server._channels.close_channel("fragile", channel)
-        agreement = target._dispatcher.standings[0].peer._agreement
-        assert agreement is not None
-        wait_until(lambda: agreement.control.lost)
+        (opened,) = FragileTransport.opened
+        server._channels.close_channel("fragile", opened.control.channel_id or "")
+        wait_until(lambda: opened.control.lost)
         assert_right(target)
         assert len(FragileTransport.opened) == 2
 
 
 def test_a_channel_is_not_closed_under_a_request_that_uses_it(server: HttpServer) -> None:
     with remote(server, "fragile") as target, ThreadPoolExecutor(1) as pool:
-        asked = target._dispatcher.standings[0].peer
-        with asked._borrow() as agreement:
-            with asked._lock:
-                asked._retire(agreement)
-            assert_same_batch(
-                pool.submit(target.generate_batch, **rows_of()).result(SOON_SECONDS), expected_batch(rows_of())
-            )
+        (first,) = FragileTransport.opened
+        with first.held() as in_use:
+            slow = pool.submit(target.generate_batch, **rows_of(1))
+            assert in_use.wait(SOON_SECONDS)
+            first.control.lost = True
+            assert_right(target)
             assert [channel.closed for channel in FragileTransport.opened] == [False, False]
+        assert_same_batch(slow.result(SOON_SECONDS), expected_batch(rows_of(1)))
         assert [channel.closed for channel in FragileTransport.opened] == [True, False]
+
+
+def test_one_request_at_a_time_tries_for_a_better_transport(server: HttpServer) -> None:
+    with remote(server, "fragile,wire") as target, ThreadPoolExecutor(1) as pool:
+        FragileTransport.failures.append(ConnectError("cut"))
+        assert_right(target)
+        assert described(target)["transport"] == "wire"
+        connecting, go = threading.Event(), threading.Event()
+
+        def connect_slowly() -> None:
+            connecting.set()
+            assert go.wait(SOON_SECONDS)
+
+        FragileTransport.before_connect = connect_slowly
+        wait_until(lambda: pool.submit(assert_right, target) and connecting.wait(0.1))
+        assert_right(target, 1)
+        assert described(target)["transport"] == "wire"
+        go.set()
+        wait_until(lambda: described(target)["transport"] == "fragile")
+        assert_right(target, 2)
+        assert described(target)["fallbacks"] == 1
+
+
+def test_one_thread_renews_a_client_and_its_channel(server: HttpServer) -> None:
+    with remote(server, "fragile") as target:
+        time.sleep(1.5 * LEASE_SECONDS)
+        names = [thread.name for thread in threading.enumerate()]
+        assert names.count("eagle-target-lease") == 1
+        assert (server._channels.count("fragile"), server.engine.clients.count()) == (1, 1)
+        assert_right(target)

@@ -12,7 +12,7 @@ import pytest
 
 from eagle_target.client import lease as client_presence
 from eagle_target.client.http import ServerConnection
-from eagle_target.client.lease import Presence
+from eagle_target.client.lease import Lease
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.protocol import messages
 from eagle_target.server import clients
@@ -158,11 +158,11 @@ def test_an_older_server_is_asked_once() -> None:
         return True
 
     with stub(respond) as server:
-        connection = ServerConnection(server.url, timeout=5.0, max_connections=1)
-        keeper = Presence(connection, "a/b")
-        keeper.begin()
+        connection = ServerConnection(server.url, timeout=5.0, max_connections=1, client_id="a/b")
+        lease = Lease(connection)
+        lease.begin()
         wait_until(lambda: len(server.received) == 1)
-        keeper.end()
-        keeper.end()
+        lease.end()
+        lease.end()
         connection.close()
         assert [(request.method, request.path) for request in server.received] == [("PUT", "/v1/clients/a%2Fb")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ import xxhash
 
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.errors import ProtocolError, TransportError
+from eagle_target.plugins.registry import load_plugins
 from eagle_target.protocol import messages
 from eagle_target.testing.comparison import assert_same_batch
 from eagle_target.testing.server import loopback_server
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from eagle_target.contract.request import SupervisionRequest
     from eagle_target.contract.vocab_mapping import VocabMapping
+    from eagle_target.plugins.transport import ClientChannel
     from eagle_target.server.run import HttpServer
 
 ASKED = {messages.WANT_CHECKSUM: messages.CHECKSUM_NAME}
@@ -234,14 +236,22 @@ def test_a_client_can_do_without(server: HttpServer) -> None:
 def test_what_came_with_the_tensors_is_compared(
     server: HttpServer, transport: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    plugin = load_plugins().transports.get(transport)
+    connect = plugin.connect
+    opened: list[ClientChannel] = []
+
+    def remember(*arguments: Any) -> ClientChannel:
+        opened.append(connect(*arguments))
+        return opened[-1]
+
+    monkeypatch.setattr(plugin, "connect", remember)
     with RemoteEagle3TargetModel.from_urls(
         [server.url], transport=transport, encoding="probs", max_retries=0
     ) as target:
         target.set_vocab_mapping(mapping_of())
         target.generate_batch(**rows_of())
-        agreement = target._dispatcher.standings[0].peer._agreement
-        assert agreement is not None
-        receive = agreement.channel.receive
-        monkeypatch.setattr(agreement.channel, "receive", lambda body, sink: {**receive(body, sink), name: "another's"})
+        (channel,) = opened
+        receive = channel.receive
+        monkeypatch.setattr(channel, "receive", lambda body, sink: {**receive(body, sink), name: "another's"})
         with pytest.raises(ProtocolError, match=f'answered with {name} "another\'s"'):
             target.generate_batch(**rows_of())

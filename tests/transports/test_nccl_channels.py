@@ -88,6 +88,11 @@ def transport_of(target: RemoteEagle3TargetModel) -> str:
     return str(target.model_info()["servers"][0]["transport"])
 
 
+def transport_after_a_batch(target: RemoteEagle3TargetModel) -> str:
+    assert_same_batch(target.generate_batch(**rows_of()), expected_batch(rows_of()))
+    return transport_of(target)
+
+
 def large() -> dict[str, torch.Tensor]:
     return {"large": torch.arange(8 << 20, dtype=torch.int32)}
 
@@ -197,7 +202,7 @@ def test_a_list_steps_down_once_and_comes_back(
         assert transport_of(target) == "wire"
         assert target.model_info()["servers"][0]["fallbacks"] == 1
         assert len([record for record in caplog.records if "stepped down" in record.getMessage()]) == 1
-        wait_until(lambda: transport_of(target) == "nccl", "the way back")
+        wait_until(lambda: transport_after_a_batch(target) == "nccl", "the way back")
         assert_same_batch(target.generate_batch(**rows_of(2)), expected_batch(rows_of(2)))
         assert target.model_info()["traffic"]["retries"] == 0
 
