@@ -83,6 +83,7 @@ test-engines: $(READY) $(VLLM)/.ready $(SGLANG)/.ready
 lint: $(READY)
 	$(BIN)/ruff check $(CHECKED)
 	$(BIN)/ruff format --check $(CHECKED)
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 	for adapter in hf sglang vllm; do \
 		(cd adapters/$$adapter && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml tests) || exit 1; done
