@@ -5,14 +5,14 @@ EagleTargetError
 ├── ContractError          a batch, request or supervision breaks the contract (also a ValueError)
 │   └── VocabMappingError  a vocabulary mapping is invalid, missing or unknown to the server
 ├── PluginError            a plugin is broken, duplicated or not installed
-│   ├── AdapterError       an engine failed or cannot do what was asked
-│   │   ├── EngineDead         it is gone: nothing it is asked from now on can go well
-│   │   └── EngineStuck        a call of it does not return
-│   └── TransportError     tensors could not be moved
-│       ├── ConnectError       no connection to a server
-│       │   └── TransportRefused   the server is there, but no transport asked for works with it
-│       ├── TransferTimeout    a transfer passed its deadline
-│       └── ProtocolError      a peer sent something that is not the protocol
+├── AdapterError           an engine failed or cannot do what was asked
+│   ├── EngineDead             it is gone: nothing it is asked from now on can go well
+│   └── EngineStuck            a call of it does not return
+├── TransportError         tensors could not be moved
+│   ├── ConnectError           no connection to a server
+│   │   └── TransportRefused       the server is there, but no transport asked for works with it
+│   ├── TransferTimeout        a transfer passed its deadline
+│   └── ProtocolError          a peer sent something that is not the protocol
 ├── BenchmarkError         something could not be measured
 └── ServerError            a server answered with a problem
     ├── Overloaded             its queue is full; try again after `retry_after` seconds
@@ -51,7 +51,7 @@ class PluginError(EagleTargetError):
     """A plugin is broken, duplicated or not installed."""
 
 
-class AdapterError(PluginError):
+class AdapterError(EagleTargetError):
     """An engine failed or cannot do what was asked."""
 
 
@@ -67,7 +67,7 @@ class EngineStuck(AdapterError):
     exit_status = 4
 
 
-class TransportError(PluginError):
+class TransportError(EagleTargetError):
     """Tensors could not be moved."""
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from eagle_target.protocol import messages
+from eagle_target.protocol import messages, problems
 from eagle_target.protocol.tensors import encode_tensors
 from tests.faults.processes import faulty_server
 from tests.server.cases import VOCAB_SIZE, assert_same_tensors, expected_of, mapping_of, request_of
@@ -195,7 +195,7 @@ def _describe(answer: Answer | None) -> str:
     if answer is None:
         return HUNG_UP
     try:
-        problem = str(answer.json()["type"]).removeprefix(messages.PROBLEM_URN)
+        problem = str(answer.json()["type"]).removeprefix(problems.URN)
     except (ValueError, KeyError, TypeError):
         return str(answer.status)
     return f"{answer.status} {problem}"

@@ -15,13 +15,14 @@ from eagle_target.errors import (
     ConnectError,
     EagleTargetError,
     Overloaded,
-    ProtocolError,
     RequestTooLarge,
     ServerError,
     TransferTimeout,
+    TransportError,
     TransportRefused,
     Unavailable,
 )
+from eagle_target.protocol.problems import ProblemType
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -33,8 +34,6 @@ logger = logging.getLogger(__name__)
 FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 30.0
 BUSY_PAUSE_SECONDS = 0.2
-REQUEST_TIMEOUT = 408
-FORGOTTEN = "unknown-vocab-mapping"
 Answer = TypeVar("Answer")
 
 
@@ -191,8 +190,12 @@ def is_retryable(error: EagleTargetError) -> bool:
     if isinstance(error, RequestTooLarge):
         return False
     if isinstance(error, ServerError):
-        return error.status >= 500 or error.status == REQUEST_TIMEOUT or error.problem == FORGOTTEN
-    return isinstance(error, ConnectError | TransferTimeout | ProtocolError | AdapterError)
+        return (
+            error.status >= 500
+            or error.status == ProblemType.BODY_TIMEOUT.status
+            or error.problem == ProblemType.UNKNOWN_VOCAB_MAPPING
+        )
+    return isinstance(error, TransportError | AdapterError)
 
 
 def is_outage(error: EagleTargetError) -> bool:
@@ -209,7 +212,7 @@ def is_busy(error: EagleTargetError) -> bool:
     """
     if isinstance(error, Overloaded):
         return True
-    return isinstance(error, ServerError) and error.problem in ("loading", FORGOTTEN)
+    return isinstance(error, ServerError) and error.problem in (ProblemType.LOADING, ProblemType.UNKNOWN_VOCAB_MAPPING)
 
 
 def _exhausted(error: EagleTargetError, tried: Sequence[ServerHealth]) -> EagleTargetError:

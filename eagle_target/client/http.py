@@ -20,20 +20,13 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from eagle_target.auth import Access
 from eagle_target.errors import (
-    AdapterError,
     ConfigError,
     ConnectError,
-    ContractError,
-    EagleTargetError,
-    Overloaded,
     ProtocolError,
-    RequestTooLarge,
-    ServerError,
     TransferTimeout,
-    Unavailable,
-    VocabMappingError,
 )
 from eagle_target.protocol import messages
+from eagle_target.protocol.problems import read_problem
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -138,46 +131,6 @@ class Checksum:
             )
 
 
-PLAIN_ERRORS: dict[str, type[EagleTargetError]] = {
-    "contract": ContractError,
-    "invalid-vocab-mapping": VocabMappingError,
-    "malformed-body": ProtocolError,
-    "transport-refused": ConnectError,
-    "engine-failed": AdapterError,
-}
-SERVER_ERRORS: dict[str, type[ServerError]] = {
-    "queue-full": Overloaded,
-    "loading": Unavailable,
-    "degraded": Unavailable,
-    "draining": Unavailable,
-    "failed": Unavailable,
-    "closed": Unavailable,
-    "body-too-large": RequestTooLarge,
-    "too-many-tokens": RequestTooLarge,
-    "too-many-sequences": RequestTooLarge,
-    "sequence-too-long": RequestTooLarge,
-    "mapping-too-large": RequestTooLarge,
-    "headers-too-large": RequestTooLarge,
-    "too-many-connections": Overloaded,
-}
-
-
-def error_of(url: str, status: int, headers: Mapping[str, str], body: bytes) -> EagleTargetError:
-    """The error for an answer of status 300 and up; something between the server and us may have answered, too."""
-    try:
-        document = json.loads(body)
-        name = str(document["type"]).removeprefix(messages.PROBLEM_URN)
-        detail = str(document["detail"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        name, detail = "http", f"status {status}: {body[:200].decode('utf-8', 'replace') or 'no body'}"
-    message = f"{url}: {detail}"
-    if name in PLAIN_ERRORS:
-        return PLAIN_ERRORS[name](message)
-    retry_after = messages.read_count(headers.get("Retry-After", ""))
-    kind = SERVER_ERRORS.get(name, Unavailable if status in (502, 503, 504) else ServerError)
-    return kind(message, status=status, problem=name, retry_after=None if retry_after is None else float(retry_after))
-
-
 READ_BYTES = 4 << 20
 CONNECT_SECONDS = 5.0
 MAX_JSON_BYTES = 1 << 20
@@ -277,7 +230,7 @@ class ServerConnection:
             raise self.translate(error) from error
         response = ResponseBody(self, answer, deadline)
         if answer.status >= 300:
-            raise error_of(self.url, answer.status, answer.headers, response.read_all(MAX_JSON_BYTES))
+            raise read_problem(self.url, answer.status, answer.headers, response.read_all(MAX_JSON_BYTES))
         return response
 
     def request_json(

@@ -10,6 +10,7 @@ from urllib.parse import quote, urlsplit
 
 from eagle_target.errors import EagleTargetError, ProtocolError, ServerError
 from eagle_target.protocol import messages
+from eagle_target.protocol.problems import ProblemType
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,7 +24,6 @@ FIRST_PAUSE_SECONDS = 5.0
 RENEWALS_A_LEASE = 3
 # A client that ends does not wait long for a server to hear of it.
 LEAVE_SECONDS = 2.0
-NO_SUCH_ROUTE = "not-found"
 
 
 class Lease:
@@ -121,7 +121,7 @@ class Lease:
             if not isinstance(seconds, int | float) or seconds <= 0:
                 raise ProtocolError(f"{self._connection.url} keeps clients for {seconds!r} seconds")
         except EagleTargetError as error:
-            if isinstance(error, ServerError) and error.problem == NO_SUCH_ROUTE:
+            if isinstance(error, ServerError) and error.problem == ProblemType.NOT_FOUND:
                 self._path = ""  # an older server, which knows of no such thing
             self._is_there = False
             logger.debug("%s was not told that this client is there: %s", self._connection.url, error)
@@ -190,7 +190,7 @@ class ChannelControl:
         try:
             self._connection.request("PUT", self._path, timeout=timeout)
         except EagleTargetError as error:
-            if isinstance(error, ServerError) and error.problem == "unknown-channel":
+            if isinstance(error, ServerError) and error.problem == ProblemType.UNKNOWN_CHANNEL:
                 self.lost = True
             logger.debug("the lease of channel %s was not renewed: %s", self.channel_id, error)
 

@@ -19,13 +19,13 @@ from eagle_target.contract.sinks import PackedTensors
 from eagle_target.errors import (
     ConnectError,
     ProtocolError,
-    RequestTooLarge,
     ServerError,
     TransportRefused,
 )
 from eagle_target.plugins.options import build_model
 from eagle_target.plugins.registry import unusable_reason
 from eagle_target.protocol import messages
+from eagle_target.protocol.problems import ProblemType
 from eagle_target.protocol.tensors import encode_tensors
 
 if TYPE_CHECKING:
@@ -166,9 +166,9 @@ class ServerSession:
                 try:
                     return self._ask(request, make_sink(), channel)
                 except ServerError as error:
-                    if error.problem == "unknown-vocab-mapping" and request.mapping is not None:
+                    if error.problem == ProblemType.UNKNOWN_VOCAB_MAPPING and request.mapping is not None:
                         self._uploaded.discard(request.mapping.sha256)
-                    elif error.problem == "unknown-channel":
+                    elif error.problem == ProblemType.UNKNOWN_CHANNEL:
                         channel.control.lost = True
                     else:
                         raise
@@ -451,9 +451,7 @@ def check_limits(url: str, request: SupervisionRequest, limits: Limits) -> None:
     """
     size = 9 * request.tokens + 8 * len(request.seq_lens) + 1024
     if request.tokens > limits.max_request_tokens or size > limits.max_body_bytes:
-        raise RequestTooLarge(
+        raise ProblemType.TOO_MANY_TOKENS.error(
             f"the batch has {request.tokens} tokens, {url} takes {limits.max_request_tokens} and bodies of "
-            f"{limits.max_body_bytes} bytes: use a smaller batch, or raise its limits",
-            status=413,
-            problem="too-many-tokens",
+            f"{limits.max_body_bytes} bytes: use a smaller batch, or raise its limits"
         )

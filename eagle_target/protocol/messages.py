@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 PROTOCOL_VERSION = 1
 CONTENT_TYPE = "application/vnd.safetensors"
-PROBLEM_TYPE = "application/problem+json"
-PROBLEM_URN = "urn:eagle-target:problem:"
 
 REQUEST_ID = "Eagle-Target-Request-Id"
 TRANSPORT = "Eagle-Target-Transport"

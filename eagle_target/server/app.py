@@ -17,9 +17,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from eagle_target.contract.request import bytes_per_token
-from eagle_target.errors import ContractError, EagleTargetError, ServerError, VocabMappingError
+from eagle_target.errors import ContractError, EagleTargetError, VocabMappingError
 from eagle_target.plugins.transport import Reply
 from eagle_target.protocol import messages
+from eagle_target.protocol.problems import ProblemType
 from eagle_target.protocol.tensors import decode_tensors, encode_tensors
 from eagle_target.server import metrics
 from eagle_target.server.bodies import (
@@ -34,7 +35,6 @@ from eagle_target.server.clients import MAX_CLIENT_LETTERS
 from eagle_target.server.http_limits import check_size, read_mapping_body
 from eagle_target.server.middleware import AUTHORIZED, address_of, own_address_of
 from eagle_target.server.problems import (
-    CLIENT_GONE,
     EXCHANGE,
     Problem,
     answer_http_error,
@@ -111,7 +111,7 @@ class TargetApp:
             return CheckedJson({"status": state})
         # Strangers may ask, and a failure's message names files.
         detail = f"the server is {state}" + (f": {failure}" if failure and request.scope.get(AUTHORIZED) else "")
-        return problem(503, f"{state}", detail, retry_after=1.0)
+        return problem(ProblemType.named(state), detail, retry_after=1.0)
 
     async def show_metrics(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's signature
         """Prometheus."""
@@ -233,10 +233,10 @@ class TargetApp:
         try:
             return await self._supervise(request)
         except ClientDisconnect:
-            return problem(CLIENT_GONE, "client-gone", "the client went away")
+            return problem(ProblemType.CLIENT_GONE, "the client went away")
         except asyncio.CancelledError:
             # Only a server that stops at once cancels a request; the event loop still sends what is small.
-            return problem(503, "closed", "the server stopped before this request was answered", close=True)
+            return problem(ProblemType.CLOSED, "the server stopped before this request was answered", close=True)
         except Exception as error:  # noqa: BLE001 - answered as a problem
             return problem_of(error)
 
@@ -296,7 +296,7 @@ class TargetApp:
         try:
             return self.server.find_mapping(sha256)
         except VocabMappingError as error:
-            raise ServerError(str(error), status=409, problem="unknown-vocab-mapping") from error
+            raise ProblemType.UNKNOWN_VOCAB_MAPPING.error(str(error)) from error
 
     async def _read(self, request: Request) -> memoryview:
         return await read_body(request, limit=self.config.max_body_bytes, timeout=self.config.body_timeout)

@@ -11,8 +11,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from eagle_target.errors import ProtocolError, RequestTooLarge, ServerError
+from eagle_target.errors import ProtocolError
 from eagle_target.protocol import messages
+from eagle_target.protocol.problems import ProblemType
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -33,7 +34,7 @@ async def read_body(
     *,
     limit: int,
     timeout: float,
-    problem: str = "body-too-large",
+    problem: ProblemType = ProblemType.BODY_TOO_LARGE,
     setting: str = "max_body_bytes",
 ) -> memoryview:
     """Read a request's body into memory taken once.
@@ -49,13 +50,9 @@ async def read_body(
     """
     length = messages.read_count(request.headers.get("content-length", ""))
     if length is None:
-        raise ServerError("the request needs a Content-Length header", status=411, problem="length-required")
+        raise ProblemType.LENGTH_REQUIRED.error("the request needs a Content-Length header")
     if length > limit:
-        raise RequestTooLarge(
-            f"the body has {length} bytes, this server takes {limit}: send less, or raise {setting}",
-            status=413,
-            problem=problem,
-        )
+        raise problem.error(f"the body has {length} bytes, this server takes {limit}: send less, or raise {setting}")
     # Not zeroed: a client that announces much and sends nothing takes no memory.
     body = numpy.empty(length, numpy.uint8).data
     filled = 0
@@ -65,10 +62,8 @@ async def read_body(
                 body[filled : filled + len(chunk)] = chunk
                 filled += len(chunk)
     except TimeoutError as error:
-        raise ServerError(
-            f"{filled} of {length} bytes of the body came within {timeout:g} seconds",
-            status=408,
-            problem="body-timeout",
+        raise ProblemType.BODY_TIMEOUT.error(
+            f"{filled} of {length} bytes of the body came within {timeout:g} seconds"
         ) from error
     if filled != length:
         raise ClientDisconnect

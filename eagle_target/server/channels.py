@@ -10,13 +10,15 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from eagle_target.errors import ConfigError, ServerError, TransportError
+from eagle_target.errors import ConfigError, TransportError
 from eagle_target.plugins.options import build_model
 from eagle_target.plugins.registry import unusable_reason
+from eagle_target.protocol.problems import ProblemType
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from eagle_target.errors import EagleTargetError
     from eagle_target.plugins.registry import Plugins
     from eagle_target.plugins.transport import ServerChannel, ServerEndpoint, Transport
 
@@ -109,11 +111,9 @@ class Channels:
         with self._lock:
             taken = len(self._open) + self._opening
             if taken >= self._max_channels:
-                raise ServerError(
+                raise ProblemType.TOO_MANY_CHANNELS.error(
                     f"{taken} channels are open, this server holds {self._max_channels}: close some, or "
-                    "raise max_channels",
-                    status=503,
-                    problem="too-many-channels",
+                    "raise max_channels"
                 )
             self._opening += 1
         channel_id = secrets.token_urlsafe(16)
@@ -142,10 +142,8 @@ class Channels:
             if opened is not None and opened.transport == name:
                 opened.heard_at = time.monotonic()
                 return opened.channel
-        raise ServerError(
-            f"this server has no open {name!r} channel {(channel_id or '')[:64]!r}: open one first",
-            status=409,
-            problem="unknown-channel",
+        raise ProblemType.UNKNOWN_CHANNEL.error(
+            f"this server has no open {name!r} channel {(channel_id or '')[:64]!r}: open one first"
         )
 
     def close_channel(self, name: str, channel_id: str) -> None:
@@ -209,7 +207,5 @@ def _choose_transports(plugins: Plugins, names: Sequence[str]) -> list[type[Tran
     return chosen
 
 
-def _not_offered(name: str, offered: Mapping[str, object]) -> ServerError:
-    return ServerError(
-        f"transport {name[:64]!r} is not offered, only {sorted(offered)}", status=409, problem="transport-not-offered"
-    )
+def _not_offered(name: str, offered: Mapping[str, object]) -> EagleTargetError:
+    return ProblemType.TRANSPORT_NOT_OFFERED.error(f"transport {name[:64]!r} is not offered, only {sorted(offered)}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from eagle_target.errors import RequestTooLarge
+from eagle_target.protocol.problems import ProblemType
 from eagle_target.server.bodies import read_body
 from eagle_target.server.problems import problem
 
@@ -53,8 +53,7 @@ class LimitedConnection(HttpToolsProtocol):
         super().connection_made(transport)
         if len(self.connections) > self.max_connections:
             self._refuse(
-                503,
-                "too-many-connections",
+                ProblemType.TOO_MANY_CONNECTIONS,
                 f"this server holds {self.max_connections} connections: try later, or raise max_connections",
                 retry_after=RETRY_SECONDS,
             )
@@ -114,8 +113,8 @@ class LimitedConnection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     @staticmethod
-    def on_refused(name: str, status: int) -> None:
-        """Told of each connection that is refused: the problem's name, and its status."""
+    def on_refused(kind: ProblemType) -> None:
+        """Told of each connection that is refused."""
 
     def _check_head(self) -> bool:
         if self._is_refused:
@@ -124,25 +123,24 @@ class LimitedConnection(HttpToolsProtocol):
         if size <= self.max_header_bytes and len(self.headers or ()) < self.max_headers:
             return True
         self._refuse(
-            431,
-            "headers-too-large",
+            ProblemType.HEADERS_TOO_LARGE,
             f"this server takes {self.max_headers} headers of {self.max_header_bytes} bytes together, with the first "
             "line: send less, or raise max_headers and max_header_bytes",
         )
         return False
 
-    def _refuse(self, status: int, name: str, detail: str, *, retry_after: float | None = None) -> None:
+    def _refuse(self, kind: ProblemType, detail: str, *, retry_after: float | None = None) -> None:
         """Answer without the application, and end the connection."""
         self._is_refused = True
         self._stop_timer()
         if self.transport.is_closing():
             return
-        answer = problem(status, name, detail, retry_after=retry_after, close=True)
-        lines = [f"HTTP/1.1 {status} {name}".encode(), *(key + b": " + value for key, value in answer.raw_headers)]
+        answer = problem(kind, detail, retry_after=retry_after, close=True)
+        lines = [f"HTTP/1.1 {kind.status} {kind}".encode(), *(key + b": " + value for key, value in answer.raw_headers)]
         self.transport.write(b"\r\n".join([*lines, b"", bytes(answer.body)]))
         self.transport.close()
-        self.on_refused(name, status)
-        logger.warning("a connection was refused: %s", name)
+        self.on_refused(kind)
+        logger.warning("a connection was refused: %s", kind)
 
     def _start_timer(self, seconds: float) -> None:
         if self._timer is None:
@@ -154,11 +152,11 @@ class LimitedConnection(HttpToolsProtocol):
             self._timer = None
 
 
-def limited_connections(config: ServerConfig, on_refused: Callable[[str, int], None]) -> type[LimitedConnection]:
+def limited_connections(config: ServerConfig, on_refused: Callable[[ProblemType], None]) -> type[LimitedConnection]:
     """The class with a server's limits: uvicorn takes a class, and no arguments for it.
 
     Args:
-        on_refused: called with the problem's name and status for each connection that is refused.
+        on_refused: called with the problem of each connection that is refused.
     """
     limits = {name: getattr(config, name) for name in LIMITS}
     return type("LimitedConnection", (LimitedConnection,), {**limits, "on_refused": staticmethod(on_refused)})
@@ -173,17 +171,15 @@ def check_size(request: SupervisionRequest, config: ServerConfig) -> None:
     # Lengths that do not add up to the tokens are told as such, later.
     longest = min(max(request.seq_lens, default=0), request.tokens)
     limits = (
-        ("too-many-tokens", "tokens", request.tokens, "max_request_tokens"),
-        ("too-many-sequences", "sequences", len(request.seq_lens), "max_sequences"),
-        ("sequence-too-long", "tokens in a sequence", longest, "max_sequence_tokens"),
+        (ProblemType.TOO_MANY_TOKENS, "tokens", request.tokens, "max_request_tokens"),
+        (ProblemType.TOO_MANY_SEQUENCES, "sequences", len(request.seq_lens), "max_sequences"),
+        (ProblemType.SEQUENCE_TOO_LONG, "tokens in a sequence", longest, "max_sequence_tokens"),
     )
-    for name, what, count, setting in limits:
+    for kind, what, count, setting in limits:
         most = getattr(config, setting)
         if count > most:
-            raise RequestTooLarge(
-                f"the request has {count} {what}, this server takes {most}: send fewer, or raise {setting}",
-                status=413,
-                problem=name,
+            raise kind.error(
+                f"the request has {count} {what}, this server takes {most}: send fewer, or raise {setting}"
             )
 
 
@@ -197,6 +193,6 @@ async def read_mapping_body(request: Request, config: ServerConfig) -> memoryvie
         request,
         limit=config.max_mapping_bytes,
         timeout=config.body_timeout,
-        problem="mapping-too-large",
+        problem=ProblemType.MAPPING_TOO_LARGE,
         setting="max_mapping_bytes",
     )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from eagle_target.auth import Tokens
 from eagle_target.errors import ConfigError
 from eagle_target.protocol import messages
+from eagle_target.protocol.problems import ProblemType
 from eagle_target.server.clients import MAX_CLIENT_LETTERS
 from eagle_target.server.log import FIELDS, Subject, printable, set_subject
 from eagle_target.server.problems import EXCHANGE, problem
@@ -102,7 +103,9 @@ class TokenGate:
         if authorized or scope["path"] in OPEN_PATHS:
             await self._app(scope, receive, send)
             return
-        answer = problem(401, "unauthorized", "this server takes requests with a token of its own only", close=True)
+        answer = problem(
+            ProblemType.UNAUTHORIZED, "this server takes requests with a token of its own only", close=True
+        )
         answer.headers["WWW-Authenticate"] = "Bearer"
         if _is_page(scope):
             # A header of its own: Chromium reads one challenge a header.

@@ -10,17 +10,8 @@ from typing import TYPE_CHECKING
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from eagle_target.errors import (
-    AdapterError,
-    ConnectError,
-    ContractError,
-    EagleTargetError,
-    ProtocolError,
-    ServerError,
-    TransportError,
-    VocabMappingError,
-)
-from eagle_target.protocol.messages import PROBLEM_TYPE, PROBLEM_URN
+from eagle_target.errors import ServerError
+from eagle_target.protocol.problems import MEDIA_TYPE, ProblemType, problem_document, problem_type
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -28,28 +19,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# nginx's status for a client that went away; nobody reads it, the metrics count it.
-CLIENT_GONE = 499
-
 # Where a request's scope has its `Exchange`.
 EXCHANGE = "eagle_target.exchange"
 
-# The first class an error is an instance of decides; status and last part of the type.
-PROBLEMS: tuple[tuple[type[EagleTargetError], int, str], ...] = (
-    (VocabMappingError, 422, "invalid-vocab-mapping"),
-    (ContractError, 422, "contract"),
-    (ProtocolError, 400, "malformed-body"),
-    (ConnectError, 409, "transport-refused"),
-    (TransportError, 500, "transport-failed"),
-    (AdapterError, 500, "engine-failed"),
-)
-
 
 class Problem(Response):
-    """A problem document. name: last part of its type."""
+    """A problem document."""
 
-    def __init__(self, name: str, status: int, body: str, headers: dict[str, str]) -> None:
-        super().__init__(body, status, headers, media_type=PROBLEM_TYPE)
+    def __init__(self, name: ProblemType, status: int, body: str, headers: dict[str, str]) -> None:
+        super().__init__(body, status, headers, media_type=MEDIA_TYPE)
         self.name = name
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -59,31 +37,33 @@ class Problem(Response):
         await super().__call__(scope, receive, send)
 
 
-def problem(status: int, name: str, detail: str, *, retry_after: float | None = None, close: bool = False) -> Problem:
+def problem(
+    kind: ProblemType, detail: str, *, status: int | None = None, retry_after: float | None = None, close: bool = False
+) -> Problem:
     """Make a problem response.
 
     Args:
-        status: HTTP status. name: last part of the problem's type. detail: what was wrong and what to do.
+        kind: the problem. detail: what was wrong and what to do. status: another than the problem's own.
         retry_after: seconds. close: whether the connection ends with it, because a body was left unread.
     """
-    body = {"type": PROBLEM_URN + name, "title": name.replace("-", " "), "status": status, "detail": detail}
+    status = kind.status if status is None else status
     headers = {"Connection": "close"} if close else {}
     if retry_after is not None:
-        body["retry_after"] = retry_after
         headers["Retry-After"] = str(math.ceil(retry_after))
-    return Problem(name, status, json.dumps(body), headers)
+    body = problem_document(kind, detail, status=status, retry_after=retry_after)
+    return Problem(kind, status, json.dumps(body), headers)
 
 
 def problem_of(error: Exception) -> Problem:
     """The problem response for an error; anything unexpected is logged and told as `internal`, without details."""
+    kind = problem_type(error)
     if isinstance(error, ServerError):
         close = error.status in (408, 411, 413)
-        return problem(error.status, error.problem, str(error), retry_after=error.retry_after, close=close)
-    for kind, status, name in PROBLEMS:
-        if isinstance(error, kind):
-            return problem(status, name, str(error))
+        return problem(kind, str(error), status=error.status, retry_after=error.retry_after, close=close)
+    if kind is not ProblemType.INTERNAL:
+        return problem(kind, str(error))
     logger.error("a request failed: %s: %s", type(error).__name__, error, exc_info=error)
-    return problem(500, "internal", "the server failed on this request; its log says why")
+    return problem(kind, "the server failed on this request; its log says why")
 
 
 async def answer_problem(request: Request, error: Exception) -> Response:  # noqa: ARG001 - Starlette's signature
@@ -93,13 +73,15 @@ async def answer_problem(request: Request, error: Exception) -> Response:  # noq
 
 async def answer_nobody(request: Request, error: Exception) -> Response:  # noqa: ARG001 - Starlette's signature
     """A client that is gone."""
-    return Response(status_code=CLIENT_GONE)
+    return Response(status_code=ProblemType.CLIENT_GONE.status)
 
 
 async def answer_http_error(request: Request, error: Exception) -> Response:
     """Routes that do not exist, and methods they do not have."""
     status = error.status_code if isinstance(error, HTTPException) else 500
-    name = {404: "not-found", 405: "method-not-allowed"}.get(status, "http")
-    answer = problem(status, name, f"{request.method} {request.url.path[:200]}: see docs/protocol.md for the routes")
+    known = (ProblemType.NOT_FOUND, ProblemType.METHOD_NOT_ALLOWED)
+    kind = next((each for each in known if each.status == status), ProblemType.HTTP)
+    detail = f"{request.method} {request.url.path[:200]}: see docs/protocol.md for the routes"
+    answer = problem(kind, detail, status=status)
     answer.headers.update(getattr(error, "headers", None) or {})
     return answer

@@ -89,7 +89,7 @@ class HttpServer:
         settings = uvicorn.Config(
             ObservedApp(TokenGate(PresenceGate(self._app.asgi, self.engine.clients), tokens), self._app.note_exchange),
             loop="auto",
-            http=limited_connections(config, self._app.metrics.count_problem),
+            http=limited_connections(config, lambda kind: self._app.metrics.count_problem(kind, kind.status)),
             ssl_context_factory=None if self._tls is None else partial(_given, self._tls),
             # Nothing between a client and the server is believed about who the client is.
             proxy_headers=False,

@@ -12,21 +12,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from eagle_target.client.http import MAX_JSON_BYTES, OpenSockets, ServerConnection, error_of
+from eagle_target.client.http import MAX_JSON_BYTES, OpenSockets, ServerConnection
 from eagle_target.errors import (
-    AdapterError,
     ConfigError,
     ConnectError,
-    ContractError,
     EagleTargetError,
-    Overloaded,
     ProtocolError,
-    RequestTooLarge,
     ServerError,
     TransferTimeout,
     Unavailable,
-    VocabMappingError,
 )
+from eagle_target.protocol.problems import ProblemType, problem_document
 from tests.client.stub import Received, reply, replying, stub
 from tests.server.cases import wait_until
 
@@ -209,49 +205,11 @@ def test_a_body_that_is_dropped_closes_its_connection() -> None:
         wait_until(closed.is_set)
 
 
-PROBLEMS = [
-    ("contract", 422, ContractError),
-    ("invalid-vocab-mapping", 422, VocabMappingError),
-    ("unknown-vocab-mapping", 409, ServerError),
-    ("unknown-channel", 409, ServerError),
-    ("transport-not-offered", 409, ServerError),
-    ("transport-refused", 409, ConnectError),
-    ("malformed-body", 400, ProtocolError),
-    ("body-timeout", 408, ServerError),
-    ("length-required", 411, ServerError),
-    ("body-too-large", 413, RequestTooLarge),
-    ("too-many-tokens", 413, RequestTooLarge),
-    ("engine-failed", 500, AdapterError),
-    ("transport-failed", 500, ServerError),
-    ("internal", 500, ServerError),
-    ("queue-full", 503, Overloaded),
-    ("too-many-channels", 503, Unavailable),
-    ("loading", 503, Unavailable),
-    ("degraded", 503, Unavailable),
-    ("draining", 503, Unavailable),
-    ("failed", 503, Unavailable),
-    ("closed", 503, Unavailable),
-    ("not-found", 404, ServerError),
-]
-
-
-@pytest.mark.parametrize(("name", "status", "kind"), PROBLEMS)
-def test_every_problem_is_an_error_of_ours(name: str, status: int, kind: type[EagleTargetError]) -> None:
-    document = {"type": f"urn:eagle-target:problem:{name}", "title": "t", "status": status, "detail": "what and how"}
+@pytest.mark.parametrize("problem", [ProblemType.QUEUE_FULL, ProblemType.CONTRACT])
+def test_a_problem_is_raised_as_its_error(problem: ProblemType) -> None:
+    document = problem_document(problem, "what and how", status=problem.status, retry_after=7.0)
     body = json.dumps(document).encode()
-    with replying(reply(body, status, Retry_After="7")) as server, connected(server.url) as connection:
-        with pytest.raises(kind) as caught:
+    with replying(reply(body, problem.status, Retry_After="7")) as server, connected(server.url) as connection:
+        with pytest.raises(problem.kind) as caught:
             connection.request_json("GET", "/")
-        assert type(caught.value) is kind
         assert str(caught.value) == f"{server.url}: what and how"
-        if isinstance(caught.value, ServerError):
-            assert (caught.value.status, caught.value.problem, caught.value.retry_after) == (status, name, 7.0)
-
-
-@pytest.mark.parametrize("body", [b"", b"[]", b"{}", b"\xff\xfe", b'{"type": 3}', b'"x"'])
-@pytest.mark.parametrize(("status", "kind"), [(404, ServerError), (500, ServerError), (502, Unavailable)])
-def test_something_else_may_have_answered(body: bytes, status: int, kind: type[ServerError]) -> None:
-    error = error_of("http://x", status, {"Retry-After": "soon"}, body)
-    assert type(error) is kind
-    assert isinstance(error, ServerError)
-    assert (error.status, error.problem, error.retry_after) == (status, "http", None)

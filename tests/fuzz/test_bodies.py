@@ -10,11 +10,12 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from eagle_target.client.http import Checksum, error_of
+from eagle_target.client.http import Checksum
 from eagle_target.client.timings import received
 from eagle_target.contract.sinks import PackedTensors
 from eagle_target.errors import EagleTargetError, VocabMappingError
 from eagle_target.protocol import messages
+from eagle_target.protocol.problems import read_problem
 from eagle_target.protocol.tensors import decode_tensors, encode_tensors
 from eagle_target.testing.tiny import EmbeddingRunner
 from eagle_target.testing.transport_harness import MemoryBody
@@ -135,7 +136,7 @@ def test_a_json_object(data: bytes) -> None:
 @example(503, json.dumps(PROBLEM).encode(), "9" * 5000)
 @example(503, b"[" * 100_000, "1")
 def test_a_problem(status: int, body: bytes, retry_after: str) -> None:
-    error = error_of("http://server", status, {"Retry-After": retry_after}, body)
+    error = read_problem("http://server", status, {"Retry-After": retry_after}, body)
     assert isinstance(error, EagleTargetError)
     wait = getattr(error, "retry_after", None)
     assert wait is None or wait >= 0

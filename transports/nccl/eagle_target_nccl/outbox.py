@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from eagle_target.errors import Overloaded
+from eagle_target.protocol.problems import ProblemType
 from eagle_target_nccl.device_tensors import DeviceTensors
 
 if TYPE_CHECKING:
@@ -77,11 +77,9 @@ class Outbox:
         with self._lock:
             waiting = sum(each.length for each in self._parcels.values())
             if self._parcels and waiting + parcel.length > self._max_bytes:
-                raise Overloaded(
+                raise ProblemType.QUEUE_FULL.error(
                     f"{waiting} bytes wait for this client, {parcel.length} more are over outbox_bytes, "
                     f"{self._max_bytes}: receive them, or ask for less at a time",
-                    status=503,
-                    problem="queue-full",
                     retry_after=RETRY_SECONDS,
                 )
             if not self._closed:
