@@ -9,14 +9,14 @@ import os
 import ssl
 import threading
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-from eagle_target.config import ClientConfig, read_environment
+from eagle_target.config import ENVIRONMENT_PREFIX, ClientConfig, load_config
 from eagle_target.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ def _state_of(path: Path) -> tuple[int, int, int] | None:
 
 
 class AccessFiles(TypedDict, total=False):
-    """The files of a client's settings, as `open_access` and `from_urls` take them."""
+    """The files of `ClientConfig` that say who a client is and whom it trusts, as command lines hand them on."""
 
     token_file: Path | str | None
     ca_file: Path | str | None
@@ -145,15 +145,7 @@ class Access:
         return {"Authorization": f"Bearer {tokens[0]}"} if tokens else {}
 
 
-def open_access(
-    *,
-    token: str | None = None,
-    token_file: Path | str | None = None,
-    ca_file: Path | str | None = None,
-    client_cert: Path | str | None = None,
-    client_key: Path | str | None = None,
-    environment: Mapping[str, str] | None = None,
-) -> Access:
+def open_access(config: ClientConfig, environment: Mapping[str, str] | None = None) -> Access:
     """What a client's settings name; where they name no token or no certificates, EAGLE_TARGET_* variables do.
 
     Args:
@@ -162,23 +154,19 @@ def open_access(
     Raises:
         ConfigError: a file that cannot be used, a token that is none, or one of certificate and key alone.
     """
-    variables = _variables(os.environ if environment is None else environment)
-    if token is None and token_file is None:
-        token, token_file = variables.get("token"), variables.get("token_file")
-    if client_cert is None and client_key is None:
-        client_cert, client_key = variables.get("client_cert"), variables.get("client_key")
-    authority = variables.get("ca_file") if ca_file is None else ca_file
-    tokens = Tokens(token, None if token_file is None else Path(token_file))
-    return Access(tokens, _make_tls(authority, client_cert, client_key))
+    names = {f"{ENVIRONMENT_PREFIX}{name.upper()}" for name in ("token", *AccessFiles.__annotations__)}
+    variables = os.environ if environment is None else environment
+    chosen = {name: text for name, text in variables.items() if name in names}
+    others = load_config(ClientConfig, path=None, environment=chosen, overrides={})
+    tokens = config if config.token or config.token_file else others
+    certificate = config if config.client_cert or config.client_key else others
+    return Access(
+        Tokens(None if tokens.token is None else tokens.token.get_secret_value(), tokens.token_file),
+        _make_tls(config.ca_file or others.ca_file, certificate.client_cert, certificate.client_key),
+    )
 
 
-def _variables(environment: Mapping[str, str]) -> dict[str, str]:
-    names = {f"EAGLE_TARGET_{name.upper()}" for name in FIELDS}
-    chosen = {name: text for name, text in environment.items() if name in names}
-    return {name: str(value) for name, value in read_environment(ClientConfig, chosen).items() if value is not None}
-
-
-def _make_tls(ca_file: Path | str | None, cert: Path | str | None, key: Path | str | None) -> ssl.SSLContext:
+def _make_tls(ca_file: Path | None, cert: Path | None, key: Path | None) -> ssl.SSLContext:
     if (cert is None) != (key is None):
         raise ConfigError("a client's certificate needs both client_cert and client_key")
     try:

@@ -135,7 +135,9 @@ class ClientConfig(BaseModel):
         default=None, description="Layers to capture, for a target in this process."
     )
     engine_options: dict[str, Any] = Field(default_factory=dict, description="Options of the adapter.")
-    device: str = Field(default="cpu", description="Where batches go.")
+    device: str = Field(
+        default="cpu", description="Where batches go; `cuda` is the current device of the thread that opens the target."
+    )
     token_file: Path | None = Field(
         default=None, description="File with the token to send, in its first line; read again when it changes."
     )
@@ -162,7 +164,7 @@ class ClientConfig(BaseModel):
     rows: Literal["supervised", "all"] = Field(default="supervised", description="Rows of the distribution to project.")
     vocab_mapping: Path | None = Field(default=None, description="File with the vocabulary mapping.")
     timeout: float = Field(default=120.0, gt=0, description="Seconds one attempt may take.")
-    max_retries: int = Field(default=3, ge=0, description="Further attempts after a failed one.")
+    max_retries: int = Field(default=3, ge=0, description="Further attempts after a failed one, elsewhere if there is.")
     retry_timeout: float = Field(
         default=60.0,
         ge=0,
@@ -171,7 +173,10 @@ class ClientConfig(BaseModel):
     )
     ready_timeout: float = Field(default=600.0, ge=0, description="Seconds to wait for servers that are still loading.")
     min_servers: int | None = Field(
-        default=None, ge=1, description="Servers that must be ready and alike to begin with; default all."
+        default=None,
+        ge=1,
+        description="Servers that must be ready and alike to begin with; default all. The first in the list that is "
+        "ready says what is served; others are left out until they serve it.",
     )
 
     @field_validator("urls", mode="before")

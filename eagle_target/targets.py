@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from eagle_target.errors import AdapterError, ConfigError, EagleTargetError
@@ -74,58 +75,39 @@ def open_target(config: ClientConfig) -> Eagle3TargetBackend:
     Raises:
         ConfigError: neither servers nor a model, or both.
     """
-    import torch
-
-    from eagle_target.contract.vocab_mapping import VocabMapping
-
     if bool(config.urls) == bool(config.model):
         raise ConfigError(
             f"give either urls of servers or a model for this process, got urls={list(config.urls)}, "
             f"model={config.model!r}"
         )
-    target_options: dict[str, Any] = {
-        "rows": config.rows,
-        "probs_dtype": getattr(torch, config.probs_dtype),
-        "device": config.device,
-    }
-    target: Eagle3TargetBackend
-    if config.model is not None:
-        if config.transport not in ("auto", "inprocess"):
-            raise ConfigError(f"a target in this process has transport 'inprocess', got {config.transport!r}")
-        target = load_target(
-            config.engine,
-            config.model,
-            aux_layer_ids=config.aux_layer_ids,
-            engine_options=config.engine_options,
-            # Nothing travels, and the head is here.
-            encoding="probs" if config.encoding == "auto" else config.encoding,
-            **target_options,
-        )
-    else:
+    if not config.model:
         from eagle_target.client.remote import RemoteEagle3TargetModel
 
-        target = RemoteEagle3TargetModel.from_urls(
-            config.urls,
-            token=None if config.token is None else config.token.get_secret_value(),
-            token_file=config.token_file,
-            ca_file=config.ca_file,
-            client_cert=config.client_cert,
-            client_key=config.client_key,
-            checksum=config.checksum,
-            encoding=config.encoding,
-            transport=config.transport,
-            transport_options=config.transport_options,
-            timeout=config.timeout,
-            max_retries=config.max_retries,
-            retry_timeout=config.retry_timeout,
-            min_servers=config.min_servers,
-            ready_timeout=config.ready_timeout,
-            **target_options,
-        )
-    if config.vocab_mapping is not None:
-        try:
+        return RemoteEagle3TargetModel.from_config(config)
+    return _load_colocated(config, config.model)
+
+
+def _load_colocated(config: ClientConfig, model: str) -> RunnerEagle3TargetModel:
+    import torch
+
+    from eagle_target.contract.vocab_mapping import VocabMapping
+
+    if config.transport not in ("auto", "inprocess"):
+        raise ConfigError(f"a target in this process has transport 'inprocess', got {config.transport!r}")
+    target = load_target(
+        config.engine,
+        model,
+        aux_layer_ids=config.aux_layer_ids,
+        engine_options=config.engine_options,
+        # Nothing travels, and the head is here.
+        encoding="probs" if config.encoding == "auto" else config.encoding,
+        rows=config.rows,
+        probs_dtype=getattr(torch, config.probs_dtype),
+        device=config.device,
+    )
+    with ExitStack() as undone:
+        undone.callback(target.close)
+        if config.vocab_mapping is not None:
             target.set_vocab_mapping(VocabMapping.from_file(config.vocab_mapping))
-        except BaseException:
-            target.close()
-            raise
+        undone.pop_all()
     return target

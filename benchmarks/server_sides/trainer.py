@@ -71,7 +71,7 @@ def main() -> None:
     source, encoding, workload = sys.argv[1:]
     target: Eagle3TargetBackend
     if "://" in source:
-        target = RemoteEagle3TargetModel.from_urls([source], encoding=encoding)  # type: ignore[arg-type]
+        target = RemoteEagle3TargetModel.from_urls([source], encoding=encoding)
     else:
         target = load_target("hf", source, encoding=encoding)
     trainer = Trainer(target, Workload(**json.loads(workload)))

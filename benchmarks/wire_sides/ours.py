@@ -41,7 +41,7 @@ def run_client(url: str, encoding: str, *, checksum: bool) -> None:
     target = RemoteEagle3TargetModel.from_urls(
         [url],
         transport="wire",
-        encoding=encoding,  # type: ignore[arg-type]
+        encoding=encoding,
         checksum=checksum,
     )
     target.set_vocab_mapping(VocabMapping.from_ids(prepared.selected_token_ids(), prepared.VOCAB))

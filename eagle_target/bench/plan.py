@@ -11,7 +11,9 @@ from eagle_target.bench.launching import run_server, serve_command
 from eagle_target.bench.measuring import Cell, Endpoint, Measurement, make_cells
 from eagle_target.bench.processes import Worker
 from eagle_target.bench.server_memory import MetricsMemory, ProcessMemory
+from eagle_target.config import ClientConfig
 from eagle_target.errors import ConfigError
+from eagle_target.plugins.options import build_model
 from eagle_target.verify.verification import compare_servers
 
 if TYPE_CHECKING:
@@ -74,7 +76,7 @@ def run_plan(plan: Plan, workload: Workload, report: Callable[[str], None]) -> t
         BenchmarkError: a server could not be started, or a client process is gone.
         ConfigError: a file of `access` cannot be used.
     """
-    access = open_access(**plan.access)
+    access = open_access(build_model(ClientConfig, plan.access, "access"))
     with ExitStack() as running:
         endpoints = [
             Endpoint(name, url.rstrip("/"), MetricsMemory(url.rstrip("/"), access))

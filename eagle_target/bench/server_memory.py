@@ -10,6 +10,7 @@ import urllib3
 
 from eagle_target.auth import Access, open_access
 from eagle_target.bench.processes import CLEAR_PEAK, MB, read_status
+from eagle_target.config import ClientConfig
 from eagle_target.protocol import messages
 
 SAMPLE_SECONDS = 0.2
@@ -79,7 +80,7 @@ class MetricsMemory:
         return self._peak
 
     def _watch(self) -> None:
-        access = self._access or open_access()
+        access = self._access or open_access(ClientConfig())
         with urllib3.PoolManager(timeout=2.0, retries=False, headers=access.headers(), ssl_context=access.tls) as http:
             while True:
                 seen = read_metric(http, self._url, METRIC)

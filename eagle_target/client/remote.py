@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, get_args
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 
@@ -16,22 +17,23 @@ from eagle_target.client.http import ServerConnection
 from eagle_target.client.session import ServerSession
 from eagle_target.client.timings import Traffic
 from eagle_target.compute.assembly import StagedSink
-from eagle_target.contract.request import PROBS_DTYPES, Encoding, RowPolicy, bytes_per_token
+from eagle_target.config import ClientConfig
+from eagle_target.contract.request import bytes_per_token
+from eagle_target.contract.vocab_mapping import VocabMapping
 from eagle_target.devices import resolve_device
 from eagle_target.errors import ConfigError, ConnectError
 from eagle_target.memory import BufferPool, PinnedPool
+from eagle_target.plugins.options import build_model
 from eagle_target.plugins.registry import load_plugins
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Sequence
 
     from eagle_target.client.timings import Received
     from eagle_target.compute.layout import TrainerRows
     from eagle_target.contract.batch import Eagle3TargetBatch
     from eagle_target.contract.request import SupervisionRequest
     from eagle_target.contract.runner import DraftHead
-    from eagle_target.contract.vocab_mapping import VocabMapping
 
 WORKERS_PER_SERVER = 4
 # Longer than most steps take, for pinned memory that the next batch needs again is worth keeping.
@@ -47,7 +49,7 @@ class Answered(NamedTuple):
 
 
 class RemoteEagle3TargetModel(RequestingBackend):
-    """Supervision from one or more servers. Build it with `from_urls`; safe to use from several threads."""
+    """Supervision from one or more servers. Build it with `from_urls` or `from_config`; any thread may use it."""
 
     def __init__(self, balancer: Balancer, form: BatchForm) -> None:
         first = balancer.servers[0].session.handshake
@@ -60,96 +62,84 @@ class RemoteEagle3TargetModel(RequestingBackend):
         self._traffic = Traffic()
 
     @classmethod
-    def from_urls(
-        cls,
-        urls: Sequence[str],
-        *,
-        device: torch.device | str = "cpu",
-        token: str | None = None,
-        token_file: Path | str | None = None,
-        ca_file: Path | str | None = None,
-        client_cert: Path | str | None = None,
-        client_key: Path | str | None = None,
-        checksum: bool = True,
-        transport: str = "auto",
-        transport_options: Mapping[str, Mapping[str, Any]] | None = None,
-        encoding: Encoding | Literal["auto"] = "auto",
-        rows: RowPolicy = "supervised",
-        probs_dtype: torch.dtype = torch.float32,
-        timeout: float = 120.0,
-        max_retries: int = 3,
-        retry_timeout: float = 60.0,
-        ready_timeout: float = 600.0,
-        min_servers: int | None = None,
-    ) -> Self:
-        """Connect to servers, wait for those still loading, and check that they serve the same.
+    def from_config(cls, config: ClientConfig) -> Self:
+        """Connect to the servers of a client's settings, wait for those still loading, check that they serve the same.
 
         Args:
-            urls: `http://host:port` or `https://host:port` each.
-            device: where batches go; `cuda` is the calling thread's current device.
-            token, token_file: the token to send, or a file with it; where neither is given, the variables
-                EAGLE_TARGET_TOKEN and EAGLE_TARGET_TOKEN_FILE hold.
-            ca_file: authorities that https servers are checked against; default the system's.
-            client_cert, client_key: this client's certificate, for servers that ask for one.
-            checksum: whether each answer's body is checked against a checksum.
-            transport: `auto` for the best both ends have; a name; or names in order of preference, comma-separated.
-            transport_options: options by transport name.
-            encoding: `probs`, `hidden` or `logits`; `auto` is `hidden` where every server hands its head out, else
-                `probs`. See `answer_size` for the bytes of each.
-            rows: `supervised` or `all`.
-            probs_dtype: float32, bfloat16 or float16.
-            timeout: seconds one attempt may take.
-            max_retries: further attempts after a failed one, on another server where there is one.
-            retry_timeout: seconds from its first failure for which a batch is asked for again beyond `max_retries`,
-                while no server can be reached.
-            ready_timeout: seconds to wait for a server that is still loading.
-            min_servers: how many servers must be ready and serve the same to begin with; default all. Others are left
-                out until they do: the first server of the list that is ready says what is served.
+            config: `model` and what goes with it are for a target in this process: `open_target` takes either.
 
         Raises:
-            ConfigError: no or wrong URLs or options, or no such device. ConnectError: a server cannot be reached or is
-                not ready in time.
+            ConfigError: no or wrong urls or options, a model beside them, or no such device.
+            ConnectError: a server cannot be reached or is not ready in time.
             ContractError: the servers differ, with what differs; or they cannot answer in this encoding.
+            VocabMappingError: the vocabulary mapping is invalid or for another target.
         """
-        if isinstance(urls, str) or not urls:
-            raise ConfigError(f"urls must be a list of at least one server, got {urls!r}")
-        if rows not in get_args(RowPolicy) or probs_dtype not in PROBS_DTYPES:
-            raise ConfigError(f"rows must be supervised or all, probs_dtype a float, got {rows!r} and {probs_dtype}")
+        if not config.urls or config.model:
+            raise ConfigError(
+                f"urls must be a list of at least one server, and no model beside it, got urls={list(config.urls)}, "
+                f"model={config.model!r}"
+            )
         # Other threads' current device is another one.
-        batch_device = resolve_device(device)
-        plugins = load_plugins()
-        client_id = secrets.token_hex(8)
-        access = open_access(
-            token=token, token_file=token_file, ca_file=ca_file, client_cert=client_cert, client_key=client_key
-        )
+        device = resolve_device(config.device)
+        plugins, access, client_id = load_plugins(), open_access(config), secrets.token_hex(8)
         sessions = [
             ServerSession(
                 ServerConnection(
                     url,
-                    timeout=timeout,
+                    timeout=config.timeout,
                     max_connections=WORKERS_PER_SERVER,
                     client_id=client_id,
                     access=access,
-                    checksum=checksum,
+                    checksum=config.checksum,
                 ),
                 plugins=plugins,
-                transports=[name.strip() for name in transport.split(",")],
-                transport_options=transport_options or {},
-                device=str(batch_device),
+                transports=[name.strip() for name in config.transport.split(",")],
+                transport_options=config.transport_options,
+                device=str(device),
             )
-            for url in dict.fromkeys(url.rstrip("/") for url in urls)
+            for url in dict.fromkeys(url.rstrip("/") for url in config.urls)
         ]
-        try:
-            chosen, left_out = connect_servers(sessions, encoding, ready_timeout=ready_timeout, min_servers=min_servers)
-        except BaseException:
+        with ExitStack() as undone:
             for session in sessions:
-                session.close()
-            raise
-        balancer = Balancer(sessions, max_retries=max_retries, timeout=timeout, retry_timeout=retry_timeout)
-        for server in balancer.servers:
-            if server.session in left_out:
-                server.fail(left_out[server.session])
-        return cls(balancer, BatchForm(chosen, rows, probs_dtype, batch_device))
+                undone.callback(session.close)
+            encoding, left_out = connect_servers(
+                sessions, config.encoding, ready_timeout=config.ready_timeout, min_servers=config.min_servers
+            )
+            balancer = Balancer(
+                sessions,
+                max_retries=config.max_retries,
+                timeout=config.timeout,
+                retry_timeout=config.retry_timeout,
+            )
+            for server in balancer.servers:
+                if server.session in left_out:
+                    server.fail(left_out[server.session])
+            target = cls(balancer, BatchForm(encoding, config.rows, getattr(torch, config.probs_dtype), device))
+            undone.callback(target.close)
+            if config.vocab_mapping is not None:
+                target.set_vocab_mapping(VocabMapping.from_file(config.vocab_mapping))
+            undone.pop_all()
+        return target
+
+    @classmethod
+    def from_urls(cls, urls: Sequence[str], **settings: Any) -> Self:
+        """`from_config` with these urls, and other settings of `ClientConfig` by name.
+
+        Args:
+            urls: `http://host:port` or `https://host:port` each.
+            settings: see docs/configuration.md; None is the default. `device` may be a `torch.device`, `probs_dtype` a
+                `torch.dtype`.
+
+        Raises:
+            ConfigError: an unknown setting, with the nearest name, or a wrong value; and as `from_config` does.
+        """
+        if isinstance(urls, str):
+            raise ConfigError(f"urls must be a list of at least one server, got {urls!r}")
+        given = {name: value for name, value in settings.items() if value is not None}
+        for name in ("device", "probs_dtype"):
+            if name in given:
+                given[name] = str(given[name]).removeprefix("torch.")
+        return cls.from_config(build_model(ClientConfig, {"urls": tuple(urls), **given}, "client settings"))
 
     def model_info(self) -> dict[str, Any]:
         """Facts about the target, each server's health and transport, what has travelled and where its time went."""

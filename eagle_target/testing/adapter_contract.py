@@ -170,7 +170,7 @@ class AdapterServerConformance(AdapterSuite):
         mapping = shuffled_mapping(target.oracle.vocab_size, DRAFT_VOCAB)
         with loopback_server(lambda: self.load(target.checkpoint, aux_layer_ids=AUX), aux_layer_ids=AUX) as server:
             for encoding in server.engine.encodings:
-                with RemoteEagle3TargetModel.from_urls([server.url], encoding=encoding, transport="wire") as client:  # type: ignore[arg-type]
+                with RemoteEagle3TargetModel.from_urls([server.url], encoding=encoding, transport="wire") as client:
                     client.set_vocab_mapping(mapping)
                     tensors = client.generate_batch(**given.arguments()).tensors()
                     assert torch.equal(client.input_embedding_weight(), target.oracle.input_embedding())

@@ -126,8 +126,8 @@ MUTANTS = (
     Mutant(
         "F4: a client's device has no number",
         "eagle_target/client/remote.py",
-        "batch_device = resolve_device(device)",
-        "batch_device = torch.device(device)",
+        "device = resolve_device(config.device)",
+        "device = torch.device(config.device)",
         ("test_f4_all_threads_of_a_client_use_the_device_that_was_current_when_it_was_made",),
     ),
     Mutant(

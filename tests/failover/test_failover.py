@@ -142,8 +142,8 @@ def test_servers_that_are_not_there_yet_are_used_when_they_are(good: ServerUnder
     urls = (dead_url(), good.url, dead_url())
     with pytest.raises(ConnectError, match=r"not ready after 0.1 s"), client(*urls, min_servers=2, ready_timeout=0.1):
         pass
-    for number in (0, 4):
-        with pytest.raises(ConfigError, match="min_servers must be 1 to 3"), client(*urls, min_servers=number):
+    for number, message in ((0, "'min_servers': .*greater than or equal to 1"), (4, "min_servers must be 1 to 3")):
+        with pytest.raises(ConfigError, match=message), client(*urls, min_servers=number):
             pass
 
 

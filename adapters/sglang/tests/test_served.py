@@ -47,7 +47,7 @@ def url(server: ServerProcess) -> str:
 @pytest.mark.parametrize("encoding", ["probs", "hidden"])
 def test_a_client_gets_what_transformers_computes(url: str, oracle: HFOracle, encoding: str) -> None:
     mapping = shuffled_mapping(oracle.vocab_size, 300)
-    with RemoteEagle3TargetModel.from_urls([url], encoding=encoding, transport="wire") as client:  # type: ignore[arg-type]
+    with RemoteEagle3TargetModel.from_urls([url], encoding=encoding, transport="wire") as client:
         client.set_vocab_mapping(mapping)
         for given in (
             padded_input([33, 5, 80], oracle.vocab_size, left=True),
