@@ -107,6 +107,8 @@ class TransportFaultConformance(TransportSuite):
     def test_server_that_stalls_in_the_middle_of_a_transfer(self, process: ServerProcess) -> None:
         def stop() -> None:
             os.kill(process.process.pid, signal.SIGSTOP)
+            # Returns when all its threads have stopped.
+            os.waitpid(process.process.pid, os.WUNTRACED)
 
         started = time.monotonic()
         with self._connect(process.url, self.timeout) as client:

@@ -7,6 +7,7 @@ import gc
 import multiprocessing
 import os
 import re
+import signal
 import socket
 import threading
 from pathlib import Path
@@ -22,7 +23,6 @@ from tests.server.cases import PATIENCE_SECONDS, wait_until
 from tests.server.http import ask
 
 if TYPE_CHECKING:
-    import signal
     from collections.abc import Callable, Iterator, Mapping
     from contextlib import AbstractContextManager
     from multiprocessing.connection import Connection
@@ -79,6 +79,22 @@ class ServerUnderFault:
         """SIGKILL."""
         self.process.kill()
         self.process.join()
+
+    def freeze(self) -> None:
+        """SIGSTOP, until each of its threads has stopped."""
+        os.kill(int(self.process.pid or 0), signal.SIGSTOP)
+        tasks = Path(f"/proc/{self.process.pid}/task")
+
+        def stand_still() -> bool:
+            # The state comes after the name in brackets.
+            states = [(task / "stat").read_text(encoding="ascii").rpartition(") ")[2][0] for task in tasks.iterdir()]
+            return {*states} == {"T"}
+
+        wait_until(stand_still, "all threads of the server to stop")
+
+    def thaw(self) -> None:
+        """SIGCONT."""
+        os.kill(int(self.process.pid or 0), signal.SIGCONT)
 
     def terminate(self) -> None:
         """SIGTERM."""

@@ -7,32 +7,53 @@ import select
 import socket
 import struct
 import threading
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
-Fault = Literal["reset", "close", "hold"]
+Fault = Literal["reset", "close", "hold", "pass"]
+
+
+@dataclass
+class Armed:
+    """A fault for the next `left` connections that have passed `after` bytes in one direction since it was armed.
+
+    They are reset, closed, held until the proxy is released and then passed on, or passed on at once. first: is done
+    before, while not a byte more gets through.
+    """
+
+    fault: Fault
+    after: int
+    left: int = 1
+    direction: str = "answer"
+    first: Callable[[], object] = bool
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def take(self) -> bool:
+        """Whether it is for who asks."""
+        with self._lock:
+            self.left -= 1
+            return self.left >= 0
 
 
 class Proxy:
     """Between clients and one server.
 
-    `fail_next` arms a fault for the connections to come: after `after` bytes in one direction the connection is reset,
-    closed, or held until `released` is set and then passed on.
-
     Attributes:
-        url: where clients connect. failed: connections a fault has hit.
+        url, address: where clients connect. failed: connections a fault has hit. armed: the fault, or none.
+        released: when it is set, what is held goes on.
     """
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
         self._server = (str(parts.hostname), int(parts.port or 0))
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        self._fault: tuple[Fault, str, int] | None = None
-        self._left = 0
+        self.address = ("127.0.0.1", int(self._listener.getsockname()[1]))
+        self.url = "http://{}:{}".format(*self.address)
+        self.armed: Armed | None = None
         self.failed = 0
         self.released = threading.Event()
         self._sockets: list[socket.socket] = []
@@ -40,7 +61,7 @@ class Proxy:
         self._threads[0].start()
 
     def fail_next(self, fault: Fault, *, after: int, times: int = 1, direction: str = "answer") -> None:
-        self._fault, self._left = (fault, direction, after), times
+        self.armed = Armed(fault, after, times, direction)
 
     def close(self) -> None:
         self.released.set()
@@ -68,37 +89,40 @@ class Proxy:
 
     def _connect(self, client: socket.socket, server: socket.socket) -> None:
         """Pass bytes on both ways until either end is closed. One thread: a socket that is read cannot be reset."""
-        passed = {"request": 0, "answer": 0}
+        armed, passed = self.armed, 0
         with client, server, contextlib.suppress(OSError):
             while True:
                 readable, _, _ = select.select([client, server], [], [])
                 source, sink = (client, server) if client in readable else (server, client)
-                direction = "request" if source is client else "answer"
                 data = source.recv(1 << 16)
                 if not data:
                     return
-                if self._fault is not None and self._left and self._fault[1] == direction:
-                    keep = max(self._fault[2] - passed[direction], 0)
-                    if keep < len(data):
+                if armed is not self.armed:
+                    armed, passed = self.armed, 0
+                if (
+                    armed is not None
+                    and armed.left > 0
+                    and armed.direction == ("request" if source is client else "answer")
+                ):
+                    keep = max(armed.after - passed, 0)
+                    if keep < len(data) and armed.take():
                         sink.sendall(data[:keep])
-                        if not self._strike(client, server):
+                        if not self._strike(armed, client, server):
                             return
                         data = data[keep:]
+                    passed += len(data)
                 sink.sendall(data)
-                passed[direction] += len(data)
 
-    def _strike(self, client: socket.socket, server: socket.socket) -> bool:
+    def _strike(self, armed: Armed, client: socket.socket, server: socket.socket) -> bool:
         """Whether the connection goes on."""
-        assert self._fault is not None
-        self._left -= 1
         self.failed += 1
-        if self._fault[0] == "hold":
+        armed.first()
+        if armed.fault == "hold":
             self.released.wait(60)
-            return True
-        if self._fault[0] == "reset":
+        elif armed.fault == "reset":
             for end in (client, server):
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        return False
+        return armed.fault in ("hold", "pass")
 
 
 def _shut_down(end: socket.socket) -> None:

@@ -7,7 +7,6 @@ import signal
 import time
 from typing import TYPE_CHECKING, Any, Literal
 
-import psutil
 import pytest
 
 from eagle_target.client import balancer
@@ -15,7 +14,7 @@ from eagle_target.colocated import RunnerEagle3TargetModel
 from eagle_target.errors import ConnectError, TransferTimeout, TransportError
 from eagle_target.testing.comparison import assert_same_batch
 from eagle_target.testing.tiny import EmbeddingRunner
-from tests.faults.nccl_ends import Footprint, client, cut, group_connections, in_the_midst, trainer_at
+from tests.faults.nccl_ends import Footprint, Groups, client, proxied_groups, trainer_at
 from tests.faults.processes import LARGE, ROWS, ServerUnderFault, faulty_server, total_of
 from tests.server.cases import wait_until
 
@@ -47,6 +46,12 @@ def server() -> Iterator[ServerUnderFault]:
 def expected() -> Eagle3TargetBatch:
     with RunnerEagle3TargetModel(EmbeddingRunner(**LARGE), encoding="logits") as target:
         return target.generate_batch(**ROWS)
+
+
+@pytest.fixture
+def groups(leak_check: None) -> Iterator[Groups]:
+    with proxied_groups() as groups:
+        yield groups
 
 
 @pytest.fixture(autouse=True)
@@ -98,28 +103,30 @@ def test_clients_that_stop_receiving_for_longer_than_the_deadline(
 
 
 def test_servers_that_are_killed_in_the_middle_of_a_transfer(
-    server: ServerUnderFault, expected: Eagle3TargetBatch
+    server: ServerUnderFault, groups: Groups, expected: Eagle3TargetBatch
 ) -> None:
     with faulty_server(LARGE, **settings()) as victim, client(victim.url, max_retries=0) as alone:
         for _ in range(ROUNDS):
-            with in_the_midst(victim.kill), pytest.raises(ConnectError):
+            with groups.in_the_midst(victim.kill, then="reset"), pytest.raises(ConnectError):
                 alone.generate_batch(**ROWS)
             victim.start()
-            with client(victim.url, server.url) as both, in_the_midst(victim.kill):
+            with client(victim.url, server.url) as both, groups.in_the_midst(victim.kill, then="reset"):
                 for _ in range(2):
                     assert_same_batch(both.generate_batch(**ROWS), expected)
             victim.start()
             wait_until(lambda: recovers(alone, expected), "a batch of the restarted server")
 
 
-def test_a_server_that_stops_in_the_middle_of_a_transfer_is_a_timeout(expected: Eagle3TargetBatch) -> None:
+def test_a_server_that_stops_in_the_middle_of_a_transfer_is_a_timeout(
+    groups: Groups, expected: Eagle3TargetBatch
+) -> None:
     with faulty_server(LARGE, **settings()) as frozen, client(frozen.url, max_retries=0, timeout=1.5) as target:
-        process = psutil.Process(frozen.process.pid)
         for _ in range(3):
-            with in_the_midst(process.suspend), pytest.raises(TransferTimeout):
+            with groups.in_the_midst(frozen.freeze, then="hold"), pytest.raises(TransferTimeout):
                 target.generate_batch(**ROWS)
-            process.resume()
+            frozen.thaw()
             wait_until(lambda: recovers(target, expected), "a batch of the server that goes on")
+        groups.release()
 
 
 def test_a_server_restarted_under_a_running_prefetch(expected: Eagle3TargetBatch) -> None:
@@ -134,20 +141,14 @@ def test_a_server_restarted_under_a_running_prefetch(expected: Eagle3TargetBatch
 
 @pytest.mark.parametrize("how", ["reset", "close"])
 def test_a_connection_that_is_cut_in_the_middle_of_a_transfer(
-    server: ServerUnderFault, expected: Eagle3TargetBatch, how: Literal["reset", "close"]
+    server: ServerUnderFault, groups: Groups, expected: Eagle3TargetBatch, how: Literal["reset", "close"]
 ) -> None:
     footprint = Footprint(server)
-    with client(server.url) as bystander:
-        others = group_connections(server.port)
-        with client(server.url) as target:
-            for _ in range(ROUNDS):
-
-                def cut_this() -> None:
-                    (connection,) = group_connections(server.port) - others
-                    cut(connection, how, server)
-
-                with in_the_midst(cut_this):
-                    assert_same_batch(target.generate_batch(**ROWS), expected)
-                assert_same_batch(bystander.generate_batch(**ROWS), expected)
-            assert target.model_info()["traffic"]["retries"] == 0
+    with client(server.url) as bystander, client(server.url) as target:
+        for _ in range(ROUNDS):
+            with groups.in_the_midst(then=how):
+                assert_same_batch(target.generate_batch(**ROWS), expected)
+            assert_same_batch(bystander.generate_batch(**ROWS), expected)
+        for each in (target, bystander):
+            assert each.model_info()["traffic"]["retries"] == 0
     footprint.check()
