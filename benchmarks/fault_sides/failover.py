@@ -9,7 +9,7 @@ from unittest import mock
 from benchmarks.fault_sides.tally import Fault, Tally, client
 from eagle_target.colocated import RunnerEagle3TargetModel
 from eagle_target.protocol import messages
-from eagle_target.server.engine import restarts, state
+from eagle_target.server.engine import lifecycle
 from eagle_target.testing.server import loopback_server
 from eagle_target.testing.tiny import EmbeddingRunner
 from tests.client.batches import rows_of
@@ -178,9 +178,9 @@ def _clock(transport: str) -> Callable[[Tally, int], None]:
 def _killed_engine(tally: Tally, rounds: int) -> None:
     fleet = Fleet(delay=0.002)
     with (
-        mock.patch.object(restarts, "FIRST_PAUSE_SECONDS", RESTART_SECONDS),
-        mock.patch.object(restarts, "LONGEST_PAUSE_SECONDS", RESTART_SECONDS),
-        mock.patch.object(state, "RETRY_SECONDS", RESTART_SECONDS),
+        mock.patch.object(lifecycle, "FIRST_PAUSE_SECONDS", RESTART_SECONDS),
+        mock.patch.object(lifecycle, "LONGEST_PAUSE_SECONDS", RESTART_SECONDS),
+        mock.patch.object(lifecycle, "RETRY_SECONDS", RESTART_SECONDS),
         served(fleet, max_batch_tokens=16, max_restarts=rounds) as server,
         _running(server.url, tally=tally) as run,
     ):

@@ -49,8 +49,9 @@ if TYPE_CHECKING:
     from eagle_target.config import ServerConfig
     from eagle_target.contract.request import SupervisionRequest
     from eagle_target.contract.vocab_mapping import VocabMapping
+    from eagle_target.plugins.transport import ServerChannel
     from eagle_target.server.channels import Channels
-    from eagle_target.server.engine.job import Supervised
+    from eagle_target.server.engine.answer import Answer
     from eagle_target.server.engine.server import TargetModelServer
     from eagle_target.server.middleware import Exchange
 
@@ -251,33 +252,51 @@ class TargetApp:
         check_size(supervision_request, self.config)
         client = exchange.client_id[:MAX_CLIENT_LETTERS]
         future = self.server.submit(supervision_request, channel.new_tensors, client=client)
-        supervised = await wait_for_answer(future, request)
+        answer = await wait_for_answer(future, request)
+        try:
+            return await self._send(request, supervision_request, answer, channel, read_seconds=read_seconds)
+        except BaseException:
+            answer.release()
+            raise
+
+    async def _send(
+        self,
+        request: Request,
+        asked: SupervisionRequest,
+        answer: Answer,
+        channel: ServerChannel,
+        *,
+        read_seconds: float,
+    ) -> Response:
+        """The response that sends an answer, and releases it."""
         answered_at = time.perf_counter()
-        headers = self._headers(exchange.request_id, supervision_request, supervised)
+        exchange: Exchange = request.scope[EXCHANGE]
+        name, client = request.headers.get(messages.TRANSPORT, "wire"), exchange.client_id[:MAX_CLIENT_LETTERS]
+        headers = self._headers(exchange.request_id, asked, answer)
         metadata = {name: value for name, value in headers.items() if name != messages.TIMINGS}
-        reply = await run_in_threadpool(channel.send, exchange.request_id, supervised.tensors, metadata)
+        reply = await run_in_threadpool(channel.send, exchange.request_id, answer.tensors, metadata)
         headers |= await checksum_headers(request, reply)
         if reply.moved_bytes:
             headers[messages.MOVED_BYTES] = str(reply.moved_bytes)
         self.metrics.count_supervision(
-            tokens=supervision_request.tokens,
+            tokens=asked.tokens,
             transport=name,
             sent_bytes=reply.length + reply.moved_bytes,
-            timings={"read": read_seconds, **supervised.timings},
+            timings={"read": read_seconds, **answer.timings},
         )
         self.metrics.count_transport(client, name, request.headers.get(messages.PASSED_OVER, ""))
-        self.server.clients.supervised(client, tokens=supervision_request.tokens, transport=name)
-        exchange.fields |= {"tokens": supervision_request.tokens, "transport": name}
+        self.server.clients.supervised(client, tokens=asked.tokens, transport=name)
+        exchange.fields |= {"tokens": asked.tokens, "transport": name}
         return TensorResponse(
             reply,
             headers,
             send_timeout=self.config.send_timeout,
-            held=supervised.tensors,
+            answer=answer,
             on_sent=lambda: self.metrics.count_stage("send", time.perf_counter() - answered_at),
         )
 
-    def _headers(self, request_id: str, request: SupervisionRequest, supervised: Supervised) -> dict[str, str]:
-        stages = (f"{stage};dur={seconds * 1000:.3f}" for stage, seconds in supervised.timings.items())
+    def _headers(self, request_id: str, request: SupervisionRequest, answer: Answer) -> dict[str, str]:
+        stages = (f"{stage};dur={seconds * 1000:.3f}" for stage, seconds in answer.timings.items())
         headers = {
             **self._identity(request_id, messages.request_digest(request)),
             messages.TIMINGS: ", ".join(stages),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
     from eagle_target.plugins.transport import Reply
-    from eagle_target.server.engine.job import Supervised
+    from eagle_target.server.engine.answer import Answer
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class CheckedJson(JSONResponse):
 class TensorResponse(Response):
     """Streams a transport's reply from the tensors' own memory.
 
-    A client that stops reading for `send_timeout` seconds is dropped. `held` lives as long as the response;
+    A client that stops reading for `send_timeout` seconds is dropped. `answer` is released when it is sent or given up;
     `on_sent` is called once everything is sent.
     """
 
@@ -103,11 +103,11 @@ class TensorResponse(Response):
         headers: Mapping[str, str],
         *,
         send_timeout: float,
-        held: object | None = None,
+        answer: Answer | None = None,
         on_sent: Callable[[], None] | None = None,
     ) -> None:
         self._reply = reply
-        self._held = held
+        self._answer = answer
         self._on_sent = on_sent
         self._send_timeout = send_timeout
         super().__init__(
@@ -117,6 +117,13 @@ class TensorResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI
         """Send the start, then every part in chunks."""
+        try:
+            await self._send(send)
+        finally:
+            if self._answer is not None:
+                self._answer.release()
+
+    async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
             for part in self._reply.parts:
@@ -158,8 +165,8 @@ class FollowedResponse(Response):
             self._on_end()
 
 
-async def wait_for_answer(future: Future[Supervised], request: Request) -> Supervised:
-    """Wait for a queued request, and give it up when its client is gone.
+async def wait_for_answer(future: Future[Answer], request: Request) -> Answer:
+    """Wait for a queued request, and give it up when its client is gone. The caller releases the answer.
 
     Raises:
         ClientDisconnect: it is gone. EagleTargetError: what the request ran into.
@@ -168,9 +175,17 @@ async def wait_for_answer(future: Future[Supervised], request: Request) -> Super
     gone = asyncio.ensure_future(wait_for_disconnect(request))
     try:
         await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not answer.done():
-            raise ClientDisconnect
-        return answer.result()
+        if answer.done():
+            return answer.result()
     finally:
         gone.cancel()
-        answer.cancel()
+        if not answer.done():
+            # The engine may be handing it over at this moment, and nothing else is told of what comes then.
+            future.add_done_callback(_release_unwanted)
+            answer.cancel()
+    raise ClientDisconnect
+
+
+def _release_unwanted(future: Future[Answer]) -> None:
+    if not future.cancelled() and future.exception() is None:
+        future.result().release()

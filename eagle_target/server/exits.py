@@ -7,7 +7,7 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
-from eagle_target.server.engine.state import SERVING_STATES
+from eagle_target.server.engine.lifecycle import SERVING_STATES
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,7 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.registry import Collector
 
 from eagle_target.errors import Unavailable
-from eagle_target.server.engine.state import State
+from eagle_target.server.engine.lifecycle import State
 from eagle_target.server.recent import STAGES, Recent
 
 if TYPE_CHECKING:

@@ -41,14 +41,14 @@ class Mutant(NamedTuple):
 MUTANTS = (
     Mutant(
         "F1: flushed tensors are let go of at once",
-        "eagle_target/server/engine/forwards.py",
-        "            read = sink.flush()\n        del read\n",
-        "            sink.flush()\n",
+        "eagle_target/server/engine/pipeline.py",
+        "            read = self.sink.flush()\n        del read\n",
+        "            self.sink.flush()\n",
         ("test_f1_what_a_supervising_runner_puts_is_kept_until_it_is_copied",),
     ),
     Mutant(
         "F1: what fails is not waited for",
-        "eagle_target/server/engine/stages.py",
+        "eagle_target/server/engine/pipeline.py",
         "                self.settle()\n                raise\n",
         "                raise\n",
         ("test_f1_what_fails_is_over_when_its_memory_goes_back",),
@@ -153,21 +153,21 @@ MUTANTS = (
     ),
     Mutant(
         "F4: the server takes a device without a number",
-        "eagle_target/server/engine/stages.py",
+        "eagle_target/server/engine/pipeline.py",
         "if not is_numbered(device):",
         "if False:",
         ("test_f4_below_the_entrances_a_device_without_a_number_is_refused",),
     ),
     Mutant(
         "F4: the engine's thread stays on device 0",
-        "eagle_target/server/engine/lifecycle.py",
-        "        use_device(device)\n",
+        "eagle_target/server/engine/engine.py",
+        "            use_device(device)\n",
         "",
         ("test_f4_threads_of_a_server_are_on_its_targets_device",),
     ),
     Mutant(
         "F4: the projection's thread stays on device 0",
-        "eagle_target/server/engine/stages.py",
+        "eagle_target/server/engine/pipeline.py",
         "        use_device(self._device)\n",
         "",
         ("test_f4_threads_of_a_server_are_on_its_targets_device",),
@@ -300,7 +300,7 @@ MUTANTS = (
     ),
     Mutant(
         "F18: a failed supervision leaves copies under way",
-        "eagle_target/server/engine/forwards.py",
+        "eagle_target/server/engine/pipeline.py",
         "            self._order.settle()\n",
         "",
         ("tests/server/test_pinned_answers.py::test_a_runner_that_fails_half_way_leaves_no_copy_under_way",),

@@ -31,9 +31,7 @@ from eagle_target.compute.assembly import StagedSink
 from eagle_target.contract.sinks import PackedTensors, RowStore
 from eagle_target.errors import ConnectError, ContractError
 from eagle_target.memory import PinnedPool
-from eagle_target.server.engine.answering import AnswerStage
-from eagle_target.server.engine.forwards import ForwardStage
-from eagle_target.server.engine.stages import DeviceOrder
+from eagle_target.server.engine.pipeline import DeviceOrder, HiddenPart, Pipeline, SupervisedPart
 from eagle_target.testing.tiny import EmbeddingRunner, shuffled_mapping
 from eagle_target.testing.transport_harness import ChannelPair, MemoryBody, MemoryControl
 from tests.cuda_sim.device import PURE, Spin, Stuck
@@ -45,8 +43,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from eagle_target.plugins.transport import ServerEndpoint
-    from eagle_target.server.engine.forwards import Forwarded
     from eagle_target.server.engine.job import Part
+    from eagle_target.server.engine.pipeline import ForwardedPart
     from tests.cuda_sim.device import Gate, Machine
     from tests.cuda_sim.tensors import World
 
@@ -369,18 +367,19 @@ def test_f4_threads_of_a_server_are_on_its_targets_device(
 ) -> None:
     runner = SupervisingDeviceRunner if supervises else DeviceRunner
     seen: dict[str, int] = {}
-    start, answer = ForwardStage.run, AnswerStage.handle
+    kind = SupervisedPart if supervises else HiddenPart
+    forward, project = Pipeline.forward, kind.project
 
-    def look(stage: ForwardStage, parts: Sequence[Part]) -> None:
+    def look(pipeline: Pipeline, parts: Sequence[Part]) -> list[ForwardedPart]:
         seen["engine"] = torch.cuda.current_device()
-        start(stage, parts)
+        return forward(pipeline, parts)
 
-    def look_again(stage: AnswerStage, forwarded: Forwarded) -> None:
+    def look_again(part: Any, *arguments: Any) -> Any:
         seen["projection"] = torch.cuda.current_device()
-        answer(stage, forwarded)
+        return project(part, *arguments)
 
-    monkeypatch.setattr(ForwardStage, "run", look)
-    monkeypatch.setattr(AnswerStage, "handle", look_again)
+    monkeypatch.setattr(Pipeline, "forward", look)
+    monkeypatch.setattr(kind, "project", look_again)
     with machine.in_process("server"), engine(lambda: runner("cuda:3")) as server:
         for sizes in ([5], [5, 7]):
             server.submit(request_of(sizes)).result(30)

@@ -166,7 +166,7 @@ def test_status_of_an_engine_that_died_once_too_often(tmp_path: Path) -> None:
 
 def test_status_of_an_engine_that_does_not_return(tmp_path: Path) -> None:
     with command("sticks", tmp_path / "log", "--forward-timeout", "0.3") as (process, url):
-        assert_problem(answer_of_poison(url), 503, "degraded", "a forward did not return within 0.3 s", retry_after="1")
+        assert_problem(answer_of_poison(url), 503, "stuck", "a forward did not return within 0.3 s", retry_after="1")
         assert status_of(process) == 4
     log = (tmp_path / "log").read_text()
     assert "thread eagle-target-engine:" in log

@@ -11,7 +11,7 @@ import pytest
 
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.protocol import messages
-from eagle_target.server.engine import restarts, state
+from eagle_target.server.engine import lifecycle
 from eagle_target.testing.server import loopback_server
 from tests.client.batches import assert_same_batch, expected_batch, rows_of
 from tests.life.engines import ChildRunner
@@ -53,8 +53,8 @@ def served(fleet: Fleet, **settings: Any) -> Iterator[HttpServer]:
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(restarts, "FIRST_PAUSE_SECONDS", 0.02)
-    monkeypatch.setattr(state, "RETRY_SECONDS", 0.1)
+    monkeypatch.setattr(lifecycle, "FIRST_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr(lifecycle, "RETRY_SECONDS", 0.1)
 
 
 @pytest.mark.parametrize(("transport", "rounds"), [("wire", ROUNDS), ("shm", 2), ("inprocess", 2)])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from eagle_target.errors import AdapterError, EngineDead, Unavailable
-from eagle_target.server.engine import restarts, scheduler
+from eagle_target.server.engine import lifecycle, scheduler
 from eagle_target.server.engine.server import TargetModelServer
 from tests.server.cases import (
     HeadRunner,
@@ -35,7 +35,7 @@ NEVER_SECONDS = 3600.0
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(restarts, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(lifecycle, "FIRST_PAUSE_SECONDS", 0.01)
 
 
 class Loads:
@@ -272,8 +272,8 @@ def end_by_draining(server: TargetModelServer) -> None:
 def test_a_pause_before_a_restart_is_cut_short(
     end: Callable[[TargetModelServer], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(restarts, "FIRST_PAUSE_SECONDS", NEVER_SECONDS)
-    monkeypatch.setattr(restarts, "LONGEST_PAUSE_SECONDS", NEVER_SECONDS)
+    monkeypatch.setattr(lifecycle, "FIRST_PAUSE_SECONDS", NEVER_SECONDS)
+    monkeypatch.setattr(lifecycle, "LONGEST_PAUSE_SECONDS", NEVER_SECONDS)
     load = Loads(Dying(), TestRunner())
     with engine(load, max_restarts=1) as server:
         with pytest.raises(Unavailable):

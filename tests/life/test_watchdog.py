@@ -13,7 +13,7 @@ from eagle_target.testing.server import loopback_server
 from tests.server.cases import HeadRunner, TestRunner, engine, mapping_of, request_of, wait_until
 from tests.server.http import ask, assert_problem, body_of, put_mapping
 
-STUCK = r"the server is degraded: a forward did not return within 0\.2 s \(forward_timeout\)"
+STUCK = r"the server is stuck: a forward did not return within 0\.2 s \(forward_timeout\)"
 
 
 def test_a_forward_that_does_not_return_is_told_to_everybody(caplog: pytest.LogCaptureFixture) -> None:
@@ -29,10 +29,10 @@ def test_a_forward_that_does_not_return_is_told_to_everybody(caplog: pytest.LogC
         waiting = [pool.submit(ask, server.url, "POST", messages.SUPERVISION, body) for _ in range(2)]
         try:
             for answer in waiting:
-                assert_problem(answer.result(30), 503, "degraded", STUCK, retry_after="1")
+                assert_problem(answer.result(30), 503, "stuck", STUCK, retry_after="1")
             for method, path in (("GET", messages.READY), ("POST", messages.SUPERVISION)):
                 content = body if method == "POST" else None
-                assert_problem(ask(server.url, method, path, content), 503, "degraded", STUCK, retry_after="1")
+                assert_problem(ask(server.url, method, path, content), 503, "stuck", STUCK, retry_after="1")
             metrics = ask(server.url, "GET", messages.METRICS).body.decode()
             assert "eagle_target_stuck_forwards_total 1.0" in metrics
             assert ask(server.url, "GET", messages.HEALTH).status == 200
@@ -40,7 +40,7 @@ def test_a_forward_that_does_not_return_is_told_to_everybody(caplog: pytest.LogC
         finally:
             runner.gate.set()
         # It came back after all, but what it gave was given up.
-        assert server.engine.state == "degraded"
+        assert server.engine.state == "stuck"
     assert "a forward did not return within 0.2 s (forward_timeout); every thread's stack:" in caplog.text
     first = caplog.text.partition("every thread's stack:\n")[2]
     assert first.startswith("thread eagle-target-engine:")
@@ -54,7 +54,7 @@ def test_a_projection_that_does_not_return_leaves_nobody_waiting() -> None:
         futures = [server.submit(request_of([4], seed=seed)) for seed in range(6)]
         try:
             for future in futures:
-                with pytest.raises(Unavailable, match="degraded: a projection did not return"):
+                with pytest.raises(Unavailable, match="stuck: a projection did not return"):
                     future.result(30)
         finally:
             runner.head_gate.set()

@@ -188,7 +188,7 @@ def test_what_the_engines_threads_log_is_about_the_request() -> None:
     finally:
         logging.getLogger().removeHandler(handler)
     (failed,) = [line for line in lines if "a forward failed" in line]
-    assert " ERROR eagle_target.server.engine.forwards [request-9 client-5]: a forward failed\n  | Traceback" in failed
+    assert " ERROR eagle_target.server.engine.pipeline [request-9 client-5]: a forward failed\n  | Traceback" in failed
 
 
 class _Kept(logging.Handler):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from eagle_target.contract.request import Encoding
     from eagle_target.contract.runner import DraftHead, TargetForward, TargetRunner
     from eagle_target.contract.vocab_mapping import VocabMapping
-    from eagle_target.server.engine.job import Supervised
+    from eagle_target.server.engine.answer import Answer
 
 VOCAB_SIZE = 211
 POISON = 13
@@ -146,7 +146,7 @@ def engine(load: Callable[[], TargetRunner], *, state: str = "ready", **options:
 
 
 @contextlib.contextmanager
-def held(server: TargetModelServer, runner: TestRunner) -> Iterator[Future[Supervised]]:
+def held(server: TargetModelServer, runner: TestRunner) -> Iterator[Future[Answer]]:
     """Keep the engine in a forward while the block queues requests."""
     runner.gate.clear()
     before = runner.entered

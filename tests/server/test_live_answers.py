@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
+import gc
 import logging
 import math
 import random
 import threading
 import weakref
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from eagle_target_inprocess.transport import InProcessClientChannel
+from eagle_target_wire.transport import WireServerChannel
+from starlette.requests import ClientDisconnect, Request
 
 from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.contract.request import SupervisionRequest, answer_bytes
 from eagle_target.contract.sinks import PackedTensors
-from eagle_target.errors import AdapterError, EagleTargetError, EngineDead, Overloaded
+from eagle_target.errors import AdapterError, EagleTargetError, EngineDead, Overloaded, TransportError
 from eagle_target.memory import BufferPool
 from eagle_target.plugins.transport import ServerChannel
 from eagle_target.protocol import messages
-from eagle_target.server.engine import answer
+from eagle_target.server.bodies import wait_for_answer
+from eagle_target.server.engine import answer, lifecycle
+from eagle_target.server.engine.answer import Answer, HostMemory
 from eagle_target.testing.server import loopback_server
 from eagle_target.testing.tiny import EmbeddingRunner
 from tests.client.batches import rows_of
 from tests.server.cases import HeadRunner, TestRunner, engine, held, mapping_of, request_of, wait_until
-from tests.server.http import ask, body_of, connected
+from tests.server.http import ask, assert_problem, body_of, connected, put_mapping
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Iterator, Sequence
-    from concurrent.futures import Future
 
     from eagle_target.server.engine.outbox import Outbox
     from eagle_target.server.engine.server import TargetModelServer
@@ -244,9 +250,7 @@ def test_an_engine_that_dies_leaves_nothing(
 
 @pytest.fixture
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    from eagle_target.server.engine import restarts
-
-    monkeypatch.setattr(restarts, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(lifecycle, "FIRST_PAUSE_SECONDS", 0.01)
 
 
 def test_a_full_queue_and_a_closed_server_leave_nothing(ledger: Ledger) -> None:
@@ -281,7 +285,21 @@ def send(connection: socket.socket, request: SupervisionRequest, client: str) ->
     connection.sendall(f"{head}{messages.CLIENT}: {client}\r\n\r\n".encode() + body)
 
 
-def test_a_client_that_never_reads_and_one_that_is_gone_leave_nothing(ledger: Ledger) -> None:
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> list[Answer]:
+    """Every answer that is handed over, kept from then on: what it holds is given back if it is released, or never."""
+    answers: list[Answer] = []
+    hand_over = Answer.hand_over
+
+    def keep(answer: Answer, *arguments: Any) -> None:
+        hand_over(answer, *arguments)
+        answers.append(answer)
+
+    monkeypatch.setattr(Answer, "hand_over", keep)
+    return answers
+
+
+def test_a_client_that_never_reads_and_one_that_is_gone_leave_nothing(ledger: Ledger, kept: list[Answer]) -> None:
     runner = TestRunner(vocab_size=VOCAB_SIZE)
     with loopback_server(lambda: runner, send_timeout=1.0) as server, contextlib.ExitStack() as running:
         outbox = server.engine.outbox
@@ -307,6 +325,38 @@ def test_a_client_that_never_reads_and_one_that_is_gone_leave_nothing(ledger: Le
         ledger.wait_until_empty(outbox)
         assert ask(server.url, "POST", messages.SUPERVISION, body_of(large_request())).status == 200
         ledger.wait_until_empty(outbox)
+        assert len(kept) >= 4
+
+
+def test_an_answer_that_a_transport_cannot_send_is_released(
+    ledger: Ledger, kept: list[Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> Any:
+        raise TransportError("no way through")
+
+    monkeypatch.setattr(WireServerChannel, "send", fail)
+    with loopback_server(EmbeddingRunner) as server:
+        put_mapping(server.url, mapping_of())
+        failed = ask(server.url, "POST", messages.SUPERVISION, body_of(request_of([4])))
+        assert_problem(failed, 500, "transport-failed", "no way through")
+        # The error and its frames, which had the tensors, refer to one another.
+        wait_until(lambda: gc.collect() >= 0 and not ledger.live)
+        ledger.wait_until_empty(server.engine.outbox)
+        assert len(kept) == 1
+
+
+def test_an_answer_that_comes_as_its_client_leaves_is_released() -> None:
+    async def leave() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    future: Future[Answer] = Future()
+    # From here on it cannot be cancelled any more.
+    future.set_running_or_notify_cancel()
+    with pytest.raises(ClientDisconnect):
+        asyncio.run(wait_for_answer(future, Request({"type": "http"}, leave)))
+    late = Answer(request_of([4]), PackedTensors(rows=torch.ones(4)), HostMemory(torch.device("cpu")))
+    future.set_result(late)
+    assert not late.tensors
 
 
 def test_what_a_transport_holds_for_its_client_is_counted_until_the_client_has_it(
@@ -334,8 +384,6 @@ class Shelved:
     """Has the client of transport `inprocess` wait before it takes what lies on its shelf."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from eagle_target_inprocess.transport import InProcessClientChannel
-
         self.reached, self.go = threading.Event(), threading.Event()
         receive: Callable[..., Any] = InProcessClientChannel.receive
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
 from eagle_target.contract.request import answer_bytes, aux_bytes, row_bytes
 from eagle_target.contract.sinks import PackedTensors
 from eagle_target.errors import RequestTooLarge
-from eagle_target.server.engine.outbox import Outbox, follow
+from eagle_target.server.engine.answer import Answer, HostMemory
+from eagle_target.server.engine.outbox import Outbox
 from eagle_target.testing.tiny import EmbeddingRunner
 from tests.server.cases import expected_of, request_of
 
@@ -22,26 +25,38 @@ def test_room_is_bounded_for_a_client_and_in_all() -> None:
     assert second is not None
     assert outbox.claim("c", 1) is None
     assert (outbox.held_bytes, outbox.peak_bytes) == (100, 100)
-    del first
+    first.release()
+    first.release()
     assert outbox.held_bytes == 40
     again = outbox.claim("a", 50)
     assert again is not None
     assert (outbox.held_bytes, outbox.peak_bytes) == (90, 100)
 
 
-def test_a_claim_lasts_as_long_as_what_it_follows() -> None:
+def test_an_answer_that_is_released_has_its_room_until_nobody_holds_its_tensors() -> None:
     outbox = Outbox(100, 100)
-    told: list[int] = []
-    outbox.watch(lambda: told.append(1))
+    held = PackedTensors()
+    answers = [Answer(request_of([4]), tensors, HostMemory(torch.device("cpu"))) for tensors in (held, PackedTensors())]
+    for answer, nbytes in zip(answers, (70, 30), strict=True):
+        answer.hand_over(outbox.claim("a", nbytes), {})
+    assert outbox.held_bytes == 100
+    for answer in answers:
+        answer.release()
+        answer.release()
+    # What a transport keeps for its client.
+    assert outbox.held_bytes == 70
+    del held
+    assert outbox.held_bytes == 0
+
+
+def test_whoever_waits_for_room_is_woken() -> None:
+    outbox = Outbox(100, 100)
     claim = outbox.claim("a", 70)
     assert claim is not None
-    first, second = PackedTensors(), PackedTensors()
-    follow(claim, first)
-    follow(claim, second)
-    del claim, first
-    assert (outbox.held_bytes, told) == (70, [])
-    del second
-    assert (outbox.held_bytes, told) == (0, [1])
+    with outbox.changed:
+        threading.Timer(0.0, claim.release).start()
+        assert outbox.changed.wait(30)
+    assert outbox.claim("a", 100) is not None
 
 
 def test_what_never_fits_is_refused_with_the_numbers() -> None:

@@ -13,7 +13,7 @@ from eagle_target.contract.sinks import PackedTensors
 from eagle_target.errors import AdapterError
 from eagle_target.server.engine import answer
 from eagle_target.server.engine.answer import Answer, HostMemory
-from eagle_target.server.engine.stages import DeviceOrder
+from eagle_target.server.engine.pipeline import DeviceOrder
 from eagle_target.testing.tiny import EmbeddingRunner
 from tests.cuda_runtime import CUDA, Runtime
 from tests.server.cases import ENGINE_THREAD, engine, request_of

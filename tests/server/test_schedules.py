@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from eagle_target.contract.request import SupervisionRequest
-    from eagle_target.server.engine.job import Supervised
+    from eagle_target.server.engine.answer import Answer
     from eagle_target.server.engine.server import TargetModelServer
 
 REQUESTS = 120
@@ -63,7 +63,7 @@ class Asker:
     def __init__(self, server: TargetModelServer) -> None:
         self._server = server
         self._lock = threading.Lock()
-        self.open: dict[int, Future[Supervised]] = {}
+        self.open: dict[int, Future[Answer]] = {}
         self.requests: dict[int, SupervisionRequest] = {}
         self.outcomes: dict[int, list[Any]] = defaultdict(list)
 
@@ -73,7 +73,7 @@ class Asker:
         self.open[number] = future
         future.add_done_callback(lambda done: self._settle(number, done))
 
-    def _settle(self, number: int, future: Future[Supervised]) -> None:
+    def _settle(self, number: int, future: Future[Answer]) -> None:
         outcome: Any
         try:
             outcome = {name: tensor.clone() for name, tensor in future.result().tensors.items()}

@@ -13,8 +13,8 @@ from eagle_target.contract.runner import TargetForward
 from eagle_target.contract.sinks import PackedTensors
 from eagle_target.errors import AdapterError, Unavailable
 from eagle_target.server.engine.answer import Answer, HostMemory
+from eagle_target.server.engine.pipeline import DeviceOrder
 from eagle_target.server.engine.server import TargetModelServer
-from eagle_target.server.engine.stages import DeviceOrder
 from eagle_target.testing.tiny import EmbeddingRunner
 from tests.server.cases import (
     HeadRunner,

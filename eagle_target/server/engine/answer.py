@@ -1,10 +1,11 @@
-"""One request's supervision, put together in its channel's mapping: part by part.
+"""One request's supervision: made part by part in its channel's mapping, handed over, and let go of.
 
 tokens = sum(seq_lens) of the request; rows = the rows of the distribution that it asks for.
 """
 
 from __future__ import annotations
 
+import weakref
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from eagle_target.contract.request import SupervisionRequest
     from eagle_target.contract.sinks import Sink
+    from eagle_target.server.engine.outbox import Claim
 
 # The one tensor that has a row for every token.
 AUX = "aux_hidden_states"
@@ -49,20 +51,37 @@ class HostMemory:
 
 
 class Answer:
-    """Supervision of a whole request as it comes in.
+    """Supervision of a whole request. Whoever has it releases it: its job, until it is handed over to who asked.
 
     Args:
         request: what was asked. tensors: the mapping to send; a plain `PackedTensors` is filled with tensors in the
             server's own memory, a transport's own class decides by itself where they lie.
         memory: the server's.
+
+    Attributes:
+        tensors: all of it, packed, once it is handed over. timings: where its time went, in seconds by stage.
     """
 
     def __init__(self, request: SupervisionRequest, tensors: PackedTensors, memory: HostMemory) -> None:
         self.tensors = tensors
+        self.timings: dict[str, float] = {}
         self._request = request
         self._memory = memory if type(tensors) is PackedTensors else None
         self._stores: dict[str, RowStore] = {}
         self._starts: tuple[list[int], list[int]] | None = None
+
+    def hand_over(self, claim: Claim | None, timings: dict[str, float]) -> None:
+        """Leave it, and its room in the outbox, to whoever asked for it."""
+        self.timings = timings
+        if claim is not None:
+            # A transport keeps the mapping until its client has fetched the tensors, and a caller in this process for
+            # as long as it likes. Neither tells when it is through; until then the memory is there, and is counted.
+            weakref.finalize(self.tensors, claim.release).atexit = False
+
+    def release(self) -> None:
+        """Let go of the tensors; those that nobody else holds are gone. Safe to call twice."""
+        self.tensors = PackedTensors()
+        self._stores = {}
 
     def sink(self, sequences: Sequence[int], *, is_shared: bool) -> Sink:
         """Where the supervision of some sequences, in ascending order, goes.

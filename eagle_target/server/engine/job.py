@@ -14,9 +14,7 @@ import torch
 
 from eagle_target.contract.request import SupervisionRequest
 from eagle_target.contract.sinks import PackedTensors
-from eagle_target.errors import EngineDead
 from eagle_target.server.engine.answer import Answer
-from eagle_target.server.engine.outbox import follow
 from eagle_target.server.log import current_subject
 
 if TYPE_CHECKING:
@@ -29,27 +27,16 @@ if TYPE_CHECKING:
 RETRY_SECONDS = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class Supervised:
-    """One request's supervision, packed, and where its time went, in seconds.
-
-    Whoever holds the mapping holds the answer's room in the outbox.
-    """
-
-    tensors: PackedTensors
-    timings: dict[str, float]
-
-
 class Job:
     """A request that waits for its parts to be answered. Its future is pending, and can be cancelled, until then.
 
     Args:
         request: what is asked. client: who asks. make_tensors: gives the mapping its supervision goes to.
-        answer_bytes: what the answer takes.
-        max_part_tokens: a larger request is cut into parts of whole sequences.
+        answer_bytes: what the answer takes. max_part_tokens: a larger request is cut into parts of whole sequences.
 
     Attributes:
         subject: whom the log's lines about it are about, taken from whoever makes it.
+        claim, answer: its room in the outbox, and what is made there, until it is handed over or released.
     """
 
     def __init__(
@@ -65,7 +52,7 @@ class Job:
         self.client = client
         self.subject = current_subject()
         self.answer_bytes = answer_bytes
-        self.future: Future[Supervised] = Future()
+        self.future: Future[Answer] = Future()
         self.claim: Claim | None = None
         self.answer: Answer | None = None
         self.seconds = {"forward": 0.0, "projection": 0.0}
@@ -88,35 +75,39 @@ class Job:
     def open_answer(self, memory: HostMemory) -> Answer:
         """Where the supervision goes; a whole request that is run again gets a new one."""
         if self.answer is None or self.parts == 1:
-            tensors = self._make_tensors()
-            if self.claim is not None:
-                follow(self.claim, tensors)
-            self.answer = Answer(self.request, tensors, memory)
+            self.answer = Answer(self.request, self._make_tensors(), memory)
         return self.answer
 
-    def finish_part(self) -> None:
-        """A part was answered; the last one answers the request."""
+    def finish_part(self, answer: Answer) -> None:
+        """A part is in the answer. With the last one it is handed over to whoever asked."""
         self._unanswered -= 1
-        if self._unanswered or self.answer is None:
+        if self._unanswered:
             return
         busy = sum(self.seconds.values())
         timings = {"queue": max(0.0, time.perf_counter() - self._queued_at - busy), **self.seconds}
-        answer = Supervised(self.answer.tensors, timings)
-        self._settle(lambda: self.future.set_result(answer))
+        with self._settling:
+            if self._begin_to_settle():
+                claim, self.answer, self.claim = self.claim, None, None
+                answer.hand_over(claim, timings)
+                self.future.set_result(answer)
 
     def fail(self, error: BaseException) -> None:
         """Answer with an error, unless it is over."""
-        self._settle(lambda: self.future.set_exception(error))
-
-    def drop(self) -> None:
-        """Let go of what a request that is over holds."""
-        self.answer = self.claim = None
-
-    def _settle(self, answer: Callable[[], None]) -> None:
         with self._settling:
-            if not self.future.done() and self.future.set_running_or_notify_cancel():
-                answer()
-        self.drop()
+            if self._begin_to_settle():
+                self.future.set_exception(error)
+
+    def release(self) -> None:
+        """Give back what was not handed over. Safe to call twice."""
+        answer, claim = self.answer, self.claim
+        self.answer = self.claim = None
+        if answer is not None:
+            answer.release()
+        if claim is not None:
+            claim.release()
+
+    def _begin_to_settle(self) -> bool:
+        return not self.future.done() and self.future.set_running_or_notify_cancel()
 
 
 @dataclass(slots=True, eq=False)
@@ -142,18 +133,6 @@ class Call:
 
     function: Callable[[TargetRunner], Any]
     future: Future[Any] = field(default_factory=Future)
-
-    def answer(self, runner: TargetRunner, on_death: Callable[[EngineDead], Exception]) -> None:
-        """Do it, unless it was given up; `on_death` gives what is answered where the engine is gone."""
-        if not self.future.set_running_or_notify_cancel():
-            return
-        try:
-            with torch.no_grad():
-                self.future.set_result(self.function(runner))
-        except EngineDead as error:
-            self.future.set_exception(on_death(error))
-        except Exception as error:  # noqa: BLE001 - handed to whoever waits for it
-            self.future.set_exception(error)
 
     def fail(self, error: BaseException) -> None:
         """Answer with an error, unless it was given up."""

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import threading
-import weakref
 from collections import Counter, deque
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from eagle_target.errors import RequestTooLarge
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
-
+@dataclass(slots=True, eq=False)
 class Claim:
-    """Room for one answer. It is given back when nothing refers to the claim any more."""
+    """Room for one answer, until it is released."""
 
-    __slots__ = ("__weakref__",)
+    outbox: Outbox
+    client: str
+    nbytes: int
+    is_released: bool = False
+
+    def release(self) -> None:
+        """Give the room back. Safe to call twice."""
+        self.outbox.take_back(self)
 
 
 class Outbox:
@@ -24,6 +28,9 @@ class Outbox:
 
     Args:
         max_bytes: of all clients' answers. max_client_bytes: of one client's.
+
+    Attributes:
+        changed: notified whenever there is more room.
     """
 
     def __init__(self, max_bytes: int, max_client_bytes: int) -> None:
@@ -31,22 +38,18 @@ class Outbox:
         self._max_client_bytes = max_client_bytes
         self._clients: Counter[str] = Counter()
         self._total = 0
-        # A claim may end anywhere, in the middle of a count as well: what it held is taken off at the next count.
-        self._returned: deque[tuple[str, int]] = deque()
-        self._lock = threading.Lock()
-        self._on_room: Callable[[], None] | None = None
+        # Room may come back anywhere, in a thread that holds this lock as well, and in the middle of a count: what a
+        # claim held is taken off at the next count.
+        self.changed = threading.Condition(threading.RLock())
+        self._returned: deque[Claim] = deque()
         self.peak_bytes = 0
 
     @property
     def held_bytes(self) -> int:
         """Bytes that are claimed."""
-        with self._lock:
+        with self.changed:
             self._settle()
             return self._total
-
-    def watch(self, on_room: Callable[[], None]) -> None:
-        """Have a function called, from any thread, whenever there is more room."""
-        self._on_room = on_room
 
     def check(self, nbytes: int) -> None:
         """Refuse an answer that there will never be room for.
@@ -66,36 +69,27 @@ class Outbox:
 
     def claim(self, client: str, nbytes: int) -> Claim | None:
         """Take room for an answer; None where there is none now."""
-        with self._lock:
+        with self.changed:
             self._settle()
             if self._clients[client] + nbytes > self._max_client_bytes or self._total + nbytes > self._max_bytes:
                 return None
             self._clients[client] += nbytes
             self._total += nbytes
             self.peak_bytes = max(self.peak_bytes, self._total)
-        claim = Claim()
-        weakref.finalize(claim, self._give_back, client, nbytes).atexit = False
-        return claim
+        return Claim(self, client, nbytes)
 
-    def _give_back(self, client: str, nbytes: int) -> None:
-        self._returned.append((client, nbytes))
-        if self._on_room is not None:
-            self._on_room()
+    def take_back(self, claim: Claim) -> None:
+        """Have the room of a claim again, which is released with it."""
+        with self.changed:
+            if not claim.is_released:
+                claim.is_released = True
+                self._returned.append(claim)
+                self.changed.notify_all()
 
     def _settle(self) -> None:
         while self._returned:
-            client, nbytes = self._returned.popleft()
-            self._total -= nbytes
-            self._clients[client] -= nbytes
-            if not self._clients[client]:
-                del self._clients[client]
-
-
-def follow(claim: Claim, held: object) -> None:
-    """Keep a claim for as long as something that can be referred to weakly lives."""
-    weakref.finalize(held, _let_go, claim).atexit = False
-
-
-def _let_go(claim: Claim) -> None:
-    """The claim was an argument of the finalizer, which is gone now."""
-    del claim
+            claim = self._returned.popleft()
+            self._total -= claim.nbytes
+            self._clients[claim.client] -= claim.nbytes
+            if not self._clients[claim.client]:
+                del self._clients[claim.client]

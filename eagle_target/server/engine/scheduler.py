@@ -1,9 +1,8 @@
-"""The queue before the engine: bounded, fair between clients, in order within a client."""
+"""What runs next: from a bounded queue, fair between clients, in order within a client, with room for the answer."""
 
 from __future__ import annotations
 
-import threading
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -30,8 +29,11 @@ class Line:
     served: int = 0
 
 
-class JobQueue:
+class Scheduler:
     """Hands out what fits one forward: from the client that was served least, first in, first out within a client.
+
+    Every part that is taken is finished later, whatever became of it. A job that is over is released when none of its
+    parts is out any more.
 
     Args:
         max_waiting: requests that may wait. outbox: where a request's answer must have room before it is handed out.
@@ -43,13 +45,14 @@ class JobQueue:
         self._lines: dict[str, Line] = {}
         self._calls: deque[Call] = deque()
         self._again: deque[Part] = deque()
+        self._out: Counter[Job] = Counter()
+        self._given_up: list[Job] = []
         self._clock = 0
         self._was_call = False
-        # Room may come back anywhere, in a thread that holds this lock as well.
-        self._changed = threading.Condition(threading.RLock())
+        # One lock for both, so that a taker waits for work and for room at the same time.
+        self._changed = outbox.changed
         self._closed: Unavailable | None = None
         self._is_over = False
-        outbox.watch(self._wake)
 
     def __len__(self) -> int:
         with self._changed:
@@ -79,8 +82,29 @@ class JobQueue:
                     line.served = max(line.served, self._clock)
                 line.jobs.append(work)
             self._changed.notify_all()
+        self._release_given_up()
         if displaced is not None:
             displaced.fail(self._overloaded())
+
+    def take(self, room: Callable[[], int]) -> list[Part] | Call | None:
+        """Wait for work: parts of up to `room()` tokens, or a larger one; no parts after a while, None when closed.
+
+        room: asked once there is work, since what fits changes while there is none.
+        """
+        while True:
+            is_idle = False
+            with self._changed:
+                work = self._next(room)
+                if work is None and not self._given_up:
+                    if self._closed is not None:
+                        return None
+                    is_woken = self._changed.wait(ROOM_SECONDS if self._has_jobs() else IDLE_SECONDS)
+                    is_idle = not is_woken and not self._has_jobs()
+            self._release_given_up()
+            if work is not None:
+                return work
+            if is_idle:
+                return []
 
     def put_back(self, part: Part) -> None:
         """Have a part that failed beside others run again, next and by itself."""
@@ -91,56 +115,83 @@ class JobQueue:
                 return
         part.job.fail(self._closed)
 
-    def take(self, room: Callable[[], int]) -> list[Part] | Call | None:
-        """Wait for work: parts of up to `room()` tokens, or a larger one; no parts after a while, None when closed."""
+    def finish(self, part: Part) -> None:
+        """A part that was taken is answered, failed, given up or put back: nothing works on it any more."""
+        job = part.job
         with self._changed:
-            while True:
-                if self._calls and not (self._was_call and (self._again or self._has_jobs())):
-                    self._was_call = True
-                    return self._calls.popleft()
-                parts = self._fill(room)
-                if parts or self._calls:
-                    self._was_call = False
-                if parts:
-                    return parts
-                if self._calls:
-                    continue
-                if self._closed is not None:
-                    return None
-                if not self._changed.wait(ROOM_SECONDS if self._has_jobs() else IDLE_SECONDS) and not self._has_jobs():
-                    return []
+            self._out[job] -= 1
+            if not self._out[job]:
+                del self._out[job]
+            is_released = job.is_over and job not in self._out
+        if is_released:
+            job.release()
 
     def close(self, reason: Unavailable) -> None:
         """Refuse what waits and what comes. Safe to call twice; the first reason stands."""
         with self._changed:
-            if not self._is_over:
-                self.pause(reason)
-                self._is_over = True
-
-    def resume(self) -> None:
-        """Take work again after a pause, unless the queue is closed."""
-        with self._changed:
-            if not self._is_over:
-                self._closed = None
+            if self._is_over:
+                return
+            self._is_over = True
+            refused = self._refuse(reason)
+        self._fail(refused, reason)
 
     def pause(self, reason: Unavailable) -> None:
         """Refuse what waits, and what comes until it is resumed; nothing is handed out meanwhile."""
         with self._changed:
             if self._is_over:
                 return
-            self._closed = reason
-            refused: list[Job | Call] = [*self._calls, *(part.job for part in self._again)]
-            refused += [job for line in self._lines.values() for job in line.jobs]
-            self._calls.clear()
-            self._again.clear()
-            self._lines.clear()
-            self._changed.notify_all()
+            refused = self._refuse(reason)
+        self._fail(refused, reason)
+
+    def resume(self) -> None:
+        """Take work again after a pause, unless it is closed."""
+        with self._changed:
+            if not self._is_over:
+                self._closed = None
+
+    def abandon(self, reason: Unavailable) -> None:
+        """Close, and answer what is out, too: nobody waits for what does not come back."""
+        self.close(reason)
+        with self._changed:
+            out = [*self._out]
+        for job in out:
+            job.fail(reason)
+
+    def _refuse(self, reason: Unavailable) -> list[Job | Call]:
+        self._closed = reason
+        refused: list[Job | Call] = [*self._calls, *(part.job for part in self._again)]
+        refused += [job for line in self._lines.values() for job in line.jobs]
+        self._calls.clear()
+        self._again.clear()
+        self._lines.clear()
+        self._changed.notify_all()
+        return refused
+
+    def _fail(self, refused: list[Job | Call], reason: Unavailable) -> None:
         for work in refused:
             work.fail(reason)
+        with self._changed:
+            over = [work for work in refused if isinstance(work, Job) and work not in self._out]
+        for job in over:
+            job.release()
+        self._release_given_up()
+
+    def _next(self, room: Callable[[], int]) -> list[Part] | Call | None:
+        """A call or parts, in turns."""
+        if self._calls and not (self._was_call and (self._again or self._has_jobs())):
+            self._was_call = True
+            return self._calls.popleft()
+        parts = self._fill(room)
+        if parts:
+            self._was_call = False
+            return parts
+        return self._calls.popleft() if self._calls else None
 
     def _fill(self, room: Callable[[], int]) -> list[Part]:
         if self._again:
-            return [self._again.popleft()]
+            part = self._again.popleft()
+            self._out[part.job] += 1
+            return [part]
         self._forget_given_up()
         open_lines = {client: line for client, line in self._lines.items() if line.jobs}
         left = room() if open_lines else 0
@@ -172,6 +223,7 @@ class JobQueue:
 
     def _remove(self, line: Line, part: Part) -> None:
         """Take a line's first part off it."""
+        self._out[part.job] += 1
         part.job.waiting.popleft()
         if not part.job.waiting:
             line.jobs.popleft()
@@ -186,8 +238,16 @@ class JobQueue:
         for line in self._lines.values():
             for job in [job for job in line.jobs if job.is_over]:
                 line.jobs.remove(job)
-                job.drop()
+                self._given_up.append(job)
         self._calls = deque(call for call in self._calls if not call.future.cancelled())
+
+    def _release_given_up(self) -> None:
+        """Release them without the lock: memory goes back under locks of its own, beside which this one is taken."""
+        with self._changed:
+            given_up, self._given_up = self._given_up, []
+            over = [job for job in given_up if job not in self._out]
+        for job in over:
+            job.release()
 
     def _displace(self, work: Job | Call) -> Job:
         """Take the last request of the client that has most waiting out of the queue, for a client that has less."""
@@ -205,7 +265,3 @@ class JobQueue:
             problem="queue-full",
             retry_after=RETRY_SECONDS,
         )
-
-    def _wake(self) -> None:
-        with self._changed:
-            self._changed.notify_all()

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
-
-import torch
 
 from eagle_target.contract.request import answer_bytes
 from eagle_target.contract.sinks import PackedTensors
-from eagle_target.errors import ContractError, Unavailable
+from eagle_target.errors import ContractError, VocabMappingError
 from eagle_target.server.clients import Presences
-from eagle_target.server.engine.job import Call, Job, Supervised
-from eagle_target.server.engine.lifecycle import EngineLife
-from eagle_target.server.engine.mappings import MappingStore
+from eagle_target.server.engine.engine import Engine
+from eagle_target.server.engine.job import Call, Job
+from eagle_target.server.engine.lifecycle import Lifecycle, Restarts
 from eagle_target.server.engine.outbox import Outbox
-from eagle_target.server.engine.restarts import Restarts
-from eagle_target.server.engine.scheduler import JobQueue
-from eagle_target.server.engine.state import ServerState, State
+from eagle_target.server.engine.scheduler import Scheduler
 from eagle_target.server.engine.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from concurrent.futures import Future
+
+    import torch
 
     from eagle_target.contract.request import SupervisionRequest
     from eagle_target.contract.runner import DraftHead, TargetRunner
@@ -31,6 +29,8 @@ if TYPE_CHECKING:
     from eagle_target.contract.vocab_mapping import VocabMapping
     from eagle_target.errors import AdapterError
     from eagle_target.server.clients import ConnectedClient
+    from eagle_target.server.engine.answer import Answer
+    from eagle_target.server.engine.lifecycle import State
 
 
 class TargetModelServer:
@@ -68,44 +68,39 @@ class TargetModelServer:
         self._max_batch_tokens = max_batch_tokens
         self.outbox = Outbox(max_outbox_bytes, max_client_outbox_bytes)
         self.clients = Presences(client_lease)
-        self._queue = JobQueue(max_waiting=max_queue, outbox=self.outbox)
         self._mappings = MappingStore(max_mappings)
-        self._state = ServerState()
-        self._has_draft_head = False
+        self._scheduler = Scheduler(max_waiting=max_queue, outbox=self.outbox)
         self._restarts = Restarts(max_restarts)
-        self._watchdog = Watchdog(forward_timeout, self._stick)
-        self._unanswered: WeakSet[Job] = WeakSet()
-        self._submitting = threading.Lock()
-        self._life = EngineLife(
+        self._lifecycle = Lifecycle(self._scheduler, self._restarts)
+        self._watchdog = Watchdog(forward_timeout, self._lifecycle)
+        self._engine = Engine(
             load,
             aux_layer_ids=aux_layer_ids,
-            queue=self._queue,
-            state=self._state,
-            restarts=self._restarts,
-            watchdog=self._watchdog,
             max_batch_tokens=max_batch_tokens,
-            on_loaded=self._take_target,
+            scheduler=self._scheduler,
+            lifecycle=self._lifecycle,
+            watchdog=self._watchdog,
         )
 
     def start(self) -> None:
         """Load the target and begin to answer, on a thread of its own."""
         self._watchdog.start()
-        self._life.start()
+        self._engine.start()
 
     @property
     def state(self) -> State:
         """What the server is doing."""
-        return self._state.name
+        return self._lifecycle.name
 
     @property
     def failure(self) -> str | None:
         """The last failure, until a forward goes well again."""
-        return self._state.failure
+        return self._lifecycle.failure
 
     @property
     def ended_by(self) -> type[AdapterError] | None:
         """The kind of failure that the server does not go on after; None as long as it goes on."""
-        return self._state.ended_by
+        return self._lifecycle.ended_by
 
     @property
     def served(self) -> ServedTarget:
@@ -114,34 +109,34 @@ class TargetModelServer:
         Raises:
             Unavailable: the target is not loaded.
         """
-        if self._state.served is None:
-            raise self._state.unavailable()
-        return self._state.served
+        if self._lifecycle.served is None:
+            raise self._lifecycle.unavailable()
+        return self._lifecycle.served
 
     @property
     def encodings(self) -> tuple[str, ...]:
         """Encodings this target can answer in."""
-        return ("probs", "hidden", "logits") if self._has_draft_head else ("probs", "logits")
+        return ("probs", "hidden", "logits") if self._engine.has_draft_head else ("probs", "logits")
 
     @property
     def waiting(self) -> int:
         """Requests in the queue."""
-        return len(self._queue)
+        return len(self._scheduler)
 
     @property
     def running(self) -> int:
         """Requests in the forward that runs."""
-        return self._life.running
+        return self._engine.running
 
     @property
     def padded_tokens(self) -> int:
         """Tokens the engine computed beside those that were asked for, where it tells."""
-        return self._life.padded_tokens
+        return self._engine.padded_tokens
 
     @property
     def loads(self) -> int:
         """How often the target was loaded."""
-        return self._state.loads
+        return self._lifecycle.loads
 
     @property
     def restarts(self) -> int:
@@ -159,8 +154,8 @@ class TargetModelServer:
         make_tensors: Callable[[], PackedTensors] = PackedTensors,
         *,
         client: str = "",
-    ) -> Future[Supervised]:
-        """Queue a client's request; cancel the future to give it up.
+    ) -> Future[Answer]:
+        """Queue a client's request; cancel the future to give it up, and release the answer when it was used.
 
         `make_tensors` gives the mapping its supervision goes to. Whoever holds the mapping holds room in the outbox.
 
@@ -185,8 +180,6 @@ class TargetModelServer:
             answer_bytes=size,
             max_part_tokens=self._max_batch_tokens,
         )
-        with self._submitting:
-            self._unanswered.add(job)
         self._put(job)
         return job.future
 
@@ -221,14 +214,13 @@ class TargetModelServer:
 
     def drain(self) -> None:
         """Take no more requests; what is queued is still answered."""
-        self._state.drain()
+        self._lifecycle.drain()
 
     def close(self, timeout: float = 30.0) -> None:
         """Give up what is queued, stop the thread and release the engine. Safe to call twice."""
-        self._state.close()
         self._watchdog.stop()
-        self._queue.close(Unavailable("the server is closed", status=503, problem="closed"))
-        self._life.end(timeout)
+        self._lifecycle.close()
+        self._engine.close(timeout)
 
     def _call(self, function: Callable[[TargetRunner], Any]) -> Future[Any]:
         call = Call(function)
@@ -236,20 +228,37 @@ class TargetModelServer:
         return call.future
 
     def _put(self, work: Job | Call) -> None:
-        if not self._state.is_serving:
-            raise self._state.unavailable()
-        self._queue.put(work)
+        if not self._lifecycle.is_serving:
+            raise self._lifecycle.unavailable()
+        self._scheduler.put(work)
 
-    def _take_target(self, runner: TargetRunner) -> None:
-        """An engine was loaded."""
-        self._has_draft_head = runner.draft_head(torch.tensor([0])) is not None
 
-    def _stick(self, failure: str) -> None:
-        """The engine does not return: whoever waits for it gets an answer."""
-        self._state.stick(failure)
-        reason = self._state.unavailable()
-        self._queue.close(reason)
-        with self._submitting:
-            unanswered = list(self._unanswered)
-        for job in unanswered:
-            job.fail(reason)
+class MappingStore:
+    """The vocabulary mappings a server was given, by content: the `max_mappings` used last."""
+
+    def __init__(self, max_mappings: int) -> None:
+        self._max_mappings = max_mappings
+        self._mappings: OrderedDict[str, VocabMapping] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def add(self, mapping: VocabMapping) -> None:
+        """Keep a mapping under its hash."""
+        with self._lock:
+            self._mappings[mapping.sha256] = mapping
+            self._mappings.move_to_end(mapping.sha256)
+            while len(self._mappings) > self._max_mappings:
+                self._mappings.popitem(last=False)
+
+    def find(self, sha256: str) -> VocabMapping:
+        """Return the mapping of a hash.
+
+        Raises:
+            VocabMappingError: it is not here; upload it.
+        """
+        with self._lock:
+            if sha256 not in self._mappings:
+                raise VocabMappingError(
+                    f"this server has no vocabulary mapping {sha256[:64]!r}: PUT it to /v1/vocab-mappings/{{sha256}}"
+                )
+            self._mappings.move_to_end(sha256)
+            return self._mappings[sha256]

@@ -12,7 +12,9 @@ import traceback
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
+
+    from eagle_target.server.engine.lifecycle import Lifecycle
 
 logger = logging.getLogger(__name__)
 
@@ -24,16 +26,15 @@ class Watchdog:
     """Times calls of an engine, on whichever threads they are made.
 
     Args:
-        timeout: seconds one may take; 0 for any number.
-        on_stuck: called once, on the watchdog's thread, with what does not return.
+        timeout: seconds one may take; 0 for any number. lifecycle: told, once, of one that does not return.
 
     Attributes:
         stuck: calls that took too long so far.
     """
 
-    def __init__(self, timeout: float, on_stuck: Callable[[str], None]) -> None:
+    def __init__(self, timeout: float, lifecycle: Lifecycle) -> None:
         self._timeout = timeout
-        self._on_stuck = on_stuck
+        self._lifecycle = lifecycle
         self._lock = threading.Lock()
         self._numbers = itertools.count()
         self._calls: dict[int, tuple[str, str, float]] = {}
@@ -75,7 +76,7 @@ class Watchdog:
                     self._timeout,
                     describe_threads(first=thread),
                 )
-                self._on_stuck(f"{what} did not return within {self._timeout:g} s (forward_timeout)")
+                self._lifecycle.stick(f"{what} did not return within {self._timeout:g} s (forward_timeout)")
                 return
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from eagle_target.errors import Overloaded, Unavailable
 from eagle_target.server.engine.job import Call, Job, Part, cut_sequences, select_sequences
 from eagle_target.server.engine.outbox import Outbox
-from eagle_target.server.engine.scheduler import JobQueue
+from eagle_target.server.engine.scheduler import Scheduler
 from tests.server.cases import request_of
 
 if TYPE_CHECKING:
@@ -19,15 +20,15 @@ if TYPE_CHECKING:
 LIMIT = 100
 
 
-def queue_of(max_waiting: int = 1000, *, outbox: Outbox | None = None) -> JobQueue:
-    return JobQueue(max_waiting=max_waiting, outbox=outbox or Outbox(1 << 30, 1 << 30))
+def queue_of(max_waiting: int = 1000, *, outbox: Outbox | None = None) -> Scheduler:
+    return Scheduler(max_waiting=max_waiting, outbox=outbox or Outbox(1 << 30, 1 << 30))
 
 
 def job_of(seq_lens: Sequence[int], client: str = "", *, answer_bytes: int = 0) -> Job:
     return Job(request_of(seq_lens), client=client, answer_bytes=answer_bytes, max_part_tokens=LIMIT)
 
 
-def take(queue: JobQueue, room: int = LIMIT) -> list[Part]:
+def take(queue: Scheduler, room: int = LIMIT) -> list[Part]:
     work = queue.take(lambda: room)
     assert isinstance(work, list)
     return work
@@ -138,11 +139,21 @@ def test_calls_and_requests_take_turns() -> None:
 
 
 def test_nothing_is_remembered_of_clients_that_are_gone() -> None:
+    class Name(str):
+        """One that can be referred to weakly."""
+
     queue = queue_of()
+    names: list[weakref.ref[Name]] = []
     for number in range(500):
-        queue.put(job_of([10], f"client-{number}"))
-        take(queue)
-    assert not queue._lines
+        name = Name(f"client-{number}")
+        names.append(weakref.ref(name))
+        queue.put(job_of([10], name))
+        (part,) = take(queue)
+        part.job.fail(RuntimeError("sent"))
+        queue.finish(part)
+        del name, part
+    # What was given back last is counted at the next look.
+    assert sum(name() is not None for name in names) <= 1
 
 
 def test_only_a_client_without_room_is_passed_over() -> None:
@@ -153,10 +164,12 @@ def test_only_a_client_without_room_is_passed_over() -> None:
     assert [part.job.client for part in first] == ["slow", "quick"]
     quick = first.pop()
     quick.job.fail(RuntimeError("sent"))
+    queue.finish(quick)
     second = take(queue)
     assert [part.job.client for part in second] == ["quick"]
     slow = first.pop()
-    slow.job.drop()
+    slow.job.future.cancel()
+    queue.finish(slow)
     assert [part.job.client for part in take(queue)] == ["slow"]
 
 
