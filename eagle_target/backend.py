@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from eagle_target.contract.runner import DraftHead
     from eagle_target.contract.target import TargetInfo
     from eagle_target.errors import EagleTargetError
+    from eagle_target.model_info import ModelInfo
 
 ARGUMENTS = ("input_ids", "attention_mask", "loss_mask", "position_ids", "seq_lens", "doc_remaining")
 REQUIRED = ARGUMENTS[:3]
@@ -95,7 +96,7 @@ class Eagle3TargetBackend(ABC):
         return True
 
     @abstractmethod
-    def model_info(self) -> dict[str, Any]:
+    def model_info(self) -> ModelInfo:
         """Facts about the target and how it is reached, as plain JSON data."""
 
     @abstractmethod
@@ -136,7 +137,7 @@ class Eagle3TargetBackend(ABC):
         if isinstance(mapping, VocabMapping):
             self._use_mapping(mapping)
         elif selected_token_mask is None:
-            self._use_mapping(VocabMapping.from_ids(mapping, int(self.model_info()["vocab_size"])))
+            self._use_mapping(VocabMapping.from_ids(mapping, self.model_info()["vocab_size"]))
         else:
             self._use_mapping(VocabMapping(mapping, selected_token_mask))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,6 +12,7 @@ from eagle_target.compute.supervise import compute_supervision
 from eagle_target.contract.target import ServedTarget, validate_aux_layer_ids
 from eagle_target.devices import resolve_device
 from eagle_target.errors import AdapterError
+from eagle_target.model_info import describe_target
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from eagle_target.contract.request import Encoding, RowPolicy, SupervisionRequest
     from eagle_target.contract.runner import DraftHead, TargetRunner
     from eagle_target.contract.vocab_mapping import VocabMapping
+    from eagle_target.model_info import ModelInfo
 
 
 class RunnerEagle3TargetModel(RequestingBackend):
@@ -56,16 +58,11 @@ class RunnerEagle3TargetModel(RequestingBackend):
         runner.set_aux_layers(self.aux_layer_ids)
         self._engine = threading.Lock()
 
-    def model_info(self) -> dict[str, Any]:
+    def model_info(self) -> ModelInfo:
         """Facts about the target."""
-        served = ServedTarget(info=self.info, aux_layer_ids=self.aux_layer_ids)
-        return {
-            **self.info.model_dump(mode="json"),
-            "aux_layer_ids": list(self.aux_layer_ids),
-            "fingerprint": served.fingerprint,
-            "transport": "inprocess",
-            "encoding": self.form.encoding,
-        }
+        fingerprint = ServedTarget(info=self.info, aux_layer_ids=self.aux_layer_ids).fingerprint
+        facts = describe_target(self.info, self.aux_layer_ids, fingerprint, self.form.encoding)
+        return {**facts, "transport": "inprocess"}
 
     def input_embedding_weight(self) -> torch.Tensor:
         """See `Eagle3TargetBackend.input_embedding_weight`."""

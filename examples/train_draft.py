@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from eagle_target import Eagle3TargetBatch
+    from eagle_target.model_info import ModelInfo, TrafficTotals
 
 PREFETCH_DEPTH = 2
 HELD_OUT_BATCHES = 4
@@ -78,7 +79,7 @@ class Result:
     seconds: float
     tokens_per_second: float
     bytes_per_token: float | None
-    target: dict[str, object]
+    target: ModelInfo
 
     def write(self, path: Path) -> None:
         """Save as JSON."""
@@ -250,12 +251,12 @@ def _warmup_cosine(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / 20) * 0.5 * (1.0 + math.cos(math.pi * step / steps))
 
 
-def _traffic(target: Eagle3TargetBackend) -> dict[str, int] | None:
+def _traffic(target: Eagle3TargetBackend) -> TrafficTotals | None:
     """What a remote target counted so far; a co-located one moves no bytes."""
     return target.model_info().get("traffic")
 
 
-def _bytes_per_token(before: dict[str, int] | None, after: dict[str, int] | None) -> float | None:
+def _bytes_per_token(before: TrafficTotals | None, after: TrafficTotals | None) -> float | None:
     if before is None or after is None or after["tokens"] == before["tokens"]:
         return None
     return (after["bytes_received"] - before["bytes_received"]) / (after["tokens"] - before["tokens"])

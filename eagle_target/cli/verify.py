@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from eagle_target.auth import AccessFiles
     from eagle_target.backend import Eagle3TargetBackend
     from eagle_target.contract.vocab_mapping import VocabMapping
+    from eagle_target.model_info import ModelInfo
 
 TOLERANCES = {
     "hidden": "Relative Frobenius norm a layer's hidden states may differ by",
@@ -140,7 +141,7 @@ def _open_reference(
     model: str | None,
     options: tuple[str, ...],
     transport: str,
-    facts: dict[str, Any],
+    facts: ModelInfo,
     access: AccessFiles,
 ) -> Eagle3TargetBackend:
     """Another server, or an engine in this process with the server's layers, dtype and, if none is named, model."""
@@ -175,7 +176,7 @@ def _mapping(path: Path | None, vocab_size: int, draft_vocab: int | None) -> Voc
     return VocabMapping.from_file(path, vocab_size=vocab_size)
 
 
-def _name(facts: dict[str, Any]) -> str:
+def _name(facts: ModelInfo) -> str:
     return f"{facts['engine']} {facts['engine_version']}, {facts['dtype']}"
 
 

@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from eagle_target.backoff import backoff
 from eagle_target.errors import (
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from eagle_target.client.session import ServerSession
+    from eagle_target.model_info import ServerState
 
 logger = logging.getLogger(__name__)
 
@@ -63,9 +64,13 @@ class ServerHealth:
         """Forget earlier failures."""
         self.failures, self.paused_until, self.last_error = 0, 0.0, None
 
-    def describe(self) -> dict[str, Any]:
-        """As `model_info` tells it: failures in a row, and seconds until it is tried again."""
+    def describe(self) -> ServerState:
+        """As `model_info` tells it."""
         return {
+            "url": self.session.url,
+            "transport": self.session.transport,
+            "transports_refused": dict(self.session.refused),
+            "fallbacks": self.session.fallbacks,
             "healthy": self.failures == 0,
             "failures": self.failures,
             "paused_seconds": round(max(self.paused_until - time.monotonic(), 0.0), 3),

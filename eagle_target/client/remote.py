@@ -23,6 +23,7 @@ from eagle_target.contract.vocab_mapping import VocabMapping
 from eagle_target.devices import resolve_device
 from eagle_target.errors import ConfigError, ConnectError
 from eagle_target.memory import BufferPool, PinnedPool
+from eagle_target.model_info import describe_target
 from eagle_target.plugins.options import build_model
 from eagle_target.plugins.registry import load_plugins
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from eagle_target.contract.batch import Eagle3TargetBatch
     from eagle_target.contract.request import SupervisionRequest
     from eagle_target.contract.runner import DraftHead
+    from eagle_target.model_info import ModelInfo
 
 WORKERS_PER_SERVER = 4
 # Longer than most steps take, for pinned memory that the next batch needs again is worth keeping.
@@ -141,31 +143,18 @@ class RemoteEagle3TargetModel(RequestingBackend):
                 given[name] = str(given[name]).removeprefix("torch.")
         return cls.from_config(build_model(ClientConfig, {"urls": tuple(urls), **given}, "client settings"))
 
-    def model_info(self) -> dict[str, Any]:
+    def model_info(self) -> ModelInfo:
         """Facts about the target, each server's health and transport, what has travelled and where its time went."""
-        return {
-            **self.info.model_dump(mode="json"),
-            "aux_layer_ids": list(self._aux_layer_ids),
-            "fingerprint": self._fingerprint,
-            "encoding": self.form.encoding,
-            "bytes_per_token": self._bytes_per_token(),
-            "servers": [
-                {
-                    "url": server.session.url,
-                    "transport": server.session.transport,
-                    "transports_refused": dict(server.session.refused),
-                    "fallbacks": server.session.fallbacks,
-                    **server.describe(),
-                }
-                for server in self._balancer.servers
-            ],
-            "traffic": {**self._traffic.totals(), "retries": self._balancer.retries},
-        }
-
-    def _bytes_per_token(self) -> dict[str, int]:
         mapping = self._vocabulary.mapping
         encodings = self._balancer.servers[0].session.handshake.encodings
-        return bytes_per_token(self.info, encodings, None if mapping is None else mapping.draft_vocab_size)
+        return {
+            **describe_target(self.info, self._aux_layer_ids, self._fingerprint, self.form.encoding),
+            "bytes_per_token": bytes_per_token(
+                self.info, encodings, None if mapping is None else mapping.draft_vocab_size
+            ),
+            "servers": [server.describe() for server in self._balancer.servers],
+            "traffic": self._traffic.totals(retries=self._balancer.retries),
+        }
 
     def input_embedding_weight(self) -> torch.Tensor:
         """See `Eagle3TargetBackend.input_embedding_weight`; fetched at each call, so keep it."""

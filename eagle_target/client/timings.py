@@ -11,6 +11,8 @@ from eagle_target.protocol import messages
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from eagle_target.model_info import TrafficTotals
+
 # The server's stages, then the client's.
 STAGES = ("queue", "forward", "projection", "transfer", "assembly")
 
@@ -48,19 +50,25 @@ class Traffic:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._counts = {"requests": 0, "tokens": 0, "bytes_received": 0}
+        self._requests = self._tokens = self._bytes = 0
         self._seconds = dict.fromkeys(STAGES, 0.0)
 
     def count(self, tokens: int, answer: Received, assembly: float) -> None:
         """Add one request; `assembly` is seconds from its last byte to the finished batch."""
         with self._lock:
-            self._counts["requests"] += 1
-            self._counts["tokens"] += tokens
-            self._counts["bytes_received"] += answer.nbytes
+            self._requests += 1
+            self._tokens += tokens
+            self._bytes += answer.nbytes
             for stage, seconds in {**answer.seconds, "assembly": assembly}.items():
                 self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds
 
-    def totals(self) -> dict[str, int | dict[str, float]]:
-        """Requests, tokens, bytes received, and seconds by stage."""
+    def totals(self, *, retries: int) -> TrafficTotals:
+        """The sums as `model_info` tells them."""
         with self._lock:
-            return {**self._counts, "seconds": dict(self._seconds)}
+            return {
+                "requests": self._requests,
+                "tokens": self._tokens,
+                "bytes_received": self._bytes,
+                "seconds": dict(self._seconds),
+                "retries": retries,
+            }

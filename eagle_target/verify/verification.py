@@ -12,7 +12,7 @@ from eagle_target.verify.parity import Comparison
 from eagle_target.verify.workload import random_mapping
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from eagle_target.auth import AccessFiles
     from eagle_target.backend import Eagle3TargetBackend
@@ -53,7 +53,7 @@ def compare_targets(
     return comparison
 
 
-def check_comparable(facts: dict[str, Any], reference_facts: dict[str, Any]) -> None:
+def check_comparable(facts: Mapping[str, object], reference_facts: Mapping[str, object]) -> None:
     """Refuse two targets that cannot have the same supervision.
 
     Raises:

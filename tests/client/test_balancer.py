@@ -37,7 +37,9 @@ PATIENCE_SECONDS = 20.0
 
 
 def balancer_of(*urls: str, max_retries: int = 3, timeout: float = 10.0, retry_timeout: float = 0.0) -> Balancer:
-    sessions = [cast("ServerSession", SimpleNamespace(url=url)) for url in urls]
+    sessions = [
+        cast("ServerSession", SimpleNamespace(url=url, transport="wire", refused={}, fallbacks=0)) for url in urls
+    ]
     return Balancer(sessions, max_retries=max_retries, timeout=timeout, retry_timeout=retry_timeout)
 
 
@@ -281,6 +283,23 @@ def test_health_is_told() -> None:
     chooser = balancer_of("a", "b")
     chooser.run(failing(ConnectError("gone"), "a")[1])
     bad, good = (server.describe() for server in chooser.servers)
-    assert 0 < bad.pop("paused_seconds") <= 1
-    assert bad == {"healthy": False, "failures": 1, "outstanding": 0, "last_error": "gone"}
-    assert good == {"healthy": True, "failures": 0, "paused_seconds": 0, "outstanding": 0, "last_error": None}
+    assert 0 < bad["paused_seconds"] <= 1
+    where = {"transport": "wire", "transports_refused": {}, "fallbacks": 0}
+    assert {**bad, "paused_seconds": 0} == {
+        "url": "a",
+        **where,
+        "healthy": False,
+        "failures": 1,
+        "paused_seconds": 0,
+        "outstanding": 0,
+        "last_error": "gone",
+    }
+    assert {**good} == {
+        "url": "b",
+        **where,
+        "healthy": True,
+        "failures": 0,
+        "paused_seconds": 0,
+        "outstanding": 0,
+        "last_error": None,
+    }

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from eagle_target.contract.sinks import Sink
     from eagle_target.errors import TransportError
+    from eagle_target.model_info import ServerState
     from eagle_target.plugins.options import PluginOptions
     from eagle_target.plugins.transport import ControlPlane, IncomingBody
     from eagle_target.server.run import HttpServer
@@ -143,9 +144,8 @@ def transport_after_a_batch(target: RemoteEagle3TargetModel) -> str:
     return str(described(target)["transport"])
 
 
-def described(target: RemoteEagle3TargetModel) -> dict[str, Any]:
-    facts: dict[str, Any] = target.model_info()["servers"][0]
-    return facts
+def described(target: RemoteEagle3TargetModel) -> ServerState:
+    return target.model_info()["servers"][0]
 
 
 def test_a_channel_that_breaks_is_opened_again_and_the_batch_asked_for_again(server: HttpServer) -> None:

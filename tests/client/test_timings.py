@@ -42,11 +42,12 @@ def test_sums_are_over_all_requests() -> None:
     for _ in range(2):
         traffic.count(7, received({"Server-Timing": "queue;dur=1000"}, 10, transfer=0.5), assembly=0.25)
 
-    assert traffic.totals() == {
+    assert traffic.totals(retries=3) == {
         "requests": 2,
         "tokens": 14,
         "bytes_received": 20,
         "seconds": {"queue": 2.0, "forward": 0.0, "projection": 0.0, "transfer": 1.0, "assembly": 0.5},
+        "retries": 3,
     }
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from eagle_target.contract.vocab_mapping import VocabMapping
+    from eagle_target.model_info import ModelInfo
 
 Item = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -71,8 +72,8 @@ class Recorder(Eagle3TargetBackend):
         self.handles.append(Handle(number, number in self.failing))
         return self.handles[-1]
 
-    def model_info(self) -> dict[str, Any]:
-        return {}
+    def model_info(self) -> ModelInfo:
+        raise NotImplementedError
 
     def input_embedding_weight(self) -> torch.Tensor:
         return torch.zeros(1)
