@@ -172,6 +172,8 @@ def _make_tls(ca_file: Path | None, cert: Path | None, key: Path | None) -> ssl.
     try:
         context = ssl.create_default_context(cafile=ca_file)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
+        # What stands between the two ends must not choose HTTP/2.
+        context.set_alpn_protocols(["http/1.1"])
         if cert is not None:
             context.load_cert_chain(cert, key, password=_no_password)
     except (OSError, ssl.SSLError, ValueError) as error:

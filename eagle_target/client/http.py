@@ -5,18 +5,15 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import select
 import socket
 import threading
 import time
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
-import urllib3
 import xxhash
-from urllib3 import exceptions as http_errors
-from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from eagle_target.auth import Access
 from eagle_target.errors import (
@@ -29,30 +26,8 @@ from eagle_target.protocol import messages
 from eagle_target.protocol.problems import read_problem
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Mapping, Sequence
-
-
-class OpenSockets:
-    """The sockets to one server, which any thread can cut."""
-
-    def __init__(self) -> None:
-        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
-        self._lock = threading.Lock()
-        self.closed = False
-
-    def add(self, connected: socket.socket) -> None:
-        """Keep a socket in sight for as long as it is open; after `cut` it is cut at once."""
-        with self._lock:
-            self._sockets.add(connected)
-            if self.closed:
-                shut_down(connected)
-
-    def cut(self) -> None:
-        """Shut every socket down; whoever waits on one gets an error."""
-        with self._lock:
-            self.closed = True
-            for connected in self._sockets:
-                shut_down(connected)
 
 
 def shut_down(connected: socket.socket) -> None:
@@ -62,45 +37,100 @@ def shut_down(connected: socket.socket) -> None:
         socket.socket.shutdown(connected, socket.SHUT_RDWR)
 
 
-class _KeepsAnswer:
-    """Keeps http.client's own object behind a connection's last answer.
+class Connection(http.client.HTTPConnection):
+    """One connection, over TLS where there is a context for it."""
 
-    That reads from the socket straight into a buffer, where urllib3's `readinto` makes a bytes object and copies it.
+    def __init__(self, host: str, port: int, tls: ssl.SSLContext | None) -> None:
+        super().__init__(host, port)
+        self._tls = tls
+        if tls is not None:
+            self.default_port = http.client.HTTPS_PORT
+
+    def connect(self) -> None:
+        """Connect, and shake hands where there is TLS.
+
+        Raises:
+            ConnectError: nobody listens there. OSError: the server does not speak TLS, or its certificate is wrong.
+        """
+        try:
+            super().connect()
+        except OSError as error:
+            raise ConnectError(f"{error}: is the server running there?") from error
+        if self._tls is not None:
+            self.sock = self._tls.wrap_socket(self.sock, server_hostname=self.host)
+
+    @property
+    def is_idle(self) -> bool:
+        """True while the server neither closed the connection nor said anything unasked."""
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        return not poll.poll(0)
+
+
+class ConnectionPool:
+    """The connections to one server: those that wait for a request, and the sockets of all, which any thread can cut.
+
+    Args:
+        host, port, tls: where they go. kept: how many may wait.
     """
 
-    answer: http.client.HTTPResponse | None = None
+    def __init__(self, host: str, port: int, tls: ssl.SSLContext | None, *, kept: int) -> None:
+        self._address = (host, port, tls)
+        self._kept = kept
+        self._lock = threading.Lock()
+        self._waiting: list[Connection] = []
+        # Not the connections: one lets go of its socket while a last answer is still read from it.
+        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+        self.closed = False
 
-    def response_class(self, *args: Any, **options: Any) -> http.client.HTTPResponse:
-        """Make the answer; http.client calls this where it has a class by default."""
-        self.answer = http.client.HTTPResponse(*args, **options)
-        return self.answer
+    def take(self, timeout: float) -> Connection:
+        """A connection for one request, each step of which may take so many seconds.
 
+        Raises:
+            ConnectError: nobody listens there. OSError: as `Connection.connect` raises it.
+        """
+        while True:
+            with self._lock:
+                connection = self._waiting.pop() if self._waiting else None
+            if connection is None:
+                connection = self._connect(min(CONNECT_SECONDS, timeout))
+            elif not connection.is_idle:
+                connection.close()
+                continue
+            connection.sock.settimeout(timeout)
+            return connection
 
-class DirectConnection(_KeepsAnswer, HTTPConnection):  # type: ignore[misc]
-    """A connection whose answers are read without a copy."""
+    def give_back(self, connection: Connection) -> None:
+        """The connection's answer was read to its end."""
+        with self._lock:
+            if connection.sock is not None and len(self._waiting) < self._kept and not self.closed:
+                self._waiting.append(connection)
+                return
+        connection.close()
 
+    def cut(self) -> None:
+        """Shut every socket down; whoever waits on one gets an error, and so does who connects from now on."""
+        with self._lock:
+            self.closed = True
+            waiting, self._waiting = self._waiting, []
+            for connected in self._sockets:
+                shut_down(connected)
+        for connection in waiting:
+            connection.close()
 
-class SecureConnection(_KeepsAnswer, HTTPSConnection):  # type: ignore[misc]
-    """The same over TLS."""
-
-
-def source_of(answer: urllib3.BaseHTTPResponse) -> http.client.HTTPResponse | urllib3.BaseHTTPResponse:
-    """Where to read an answer's body from with the fewest copies."""
-    connection = answer.connection
-    direct = connection.answer if isinstance(connection, _KeepsAnswer) else None
-    return answer if direct is None else direct
-
-
-def tracked(kind: type[Any], sockets: OpenSockets) -> type[Any]:
-    """A connection class that tells of the sockets it opens."""
-
-    class Connection(kind):  # type: ignore[misc]
-        def connect(self) -> None:
-            super().connect()
-            # Not the connection: it lets go of its socket while a last answer is still read from it.
-            sockets.add(self.sock)
-
-    return Connection
+    def _connect(self, timeout: float) -> Connection:
+        connection = Connection(*self._address)
+        connection.timeout = timeout
+        try:
+            connection.connect()
+        except BaseException:
+            connection.close()
+            raise
+        with self._lock:
+            self._sockets.add(connection.sock)
+            if self.closed:
+                shut_down(connection.sock)
+        return connection
 
 
 class Checksum:
@@ -175,18 +205,9 @@ class ServerConnection:
         if checksum:
             self._headers[messages.WANT_CHECKSUM] = messages.CHECKSUM_NAME
         self._access = access or Access()
-        self._sockets = OpenSockets()
+        tls = self._access.tls if parts.scheme == "https" else None
         # One more for what the lease's thread sends beside the requests.
-        kept = max_connections + 1
-        self._pool: HTTPConnectionPool
-        if parts.scheme == "https":
-            self._pool = HTTPSConnectionPool(
-                parts.hostname, port, maxsize=kept, block=False, ssl_context=self._access.tls
-            )
-            self._pool.ConnectionCls = tracked(SecureConnection, self._sockets)
-        else:
-            self._pool = HTTPConnectionPool(parts.hostname, port, maxsize=kept, block=False)
-            self._pool.ConnectionCls = tracked(DirectConnection, self._sockets)
+        self._pool = ConnectionPool(parts.hostname, port, tls, kept=max_connections + 1)
 
     def request(
         self,
@@ -209,28 +230,32 @@ class ServerConnection:
         timeout = self._timeout if timeout is None else timeout
         deadline = time.monotonic() + timeout
         body = b"".join(parts) if parts or method in ("POST", "PUT") else None
+        headers = {
+            "Content-Type": messages.CONTENT_TYPE,
+            **({} if body is None else {messages.CHECKSUM: messages.checksum_of([body])}),
+            **self._headers,
+            **self._access.headers(),
+            **(headers or {}),
+        }
         try:
-            answer = self._pool.urlopen(
-                method,
-                path,
-                body=body,
-                headers={
-                    "Content-Type": messages.CONTENT_TYPE,
-                    **({} if body is None else {messages.CHECKSUM: messages.checksum_of([body])}),
-                    **self._headers,
-                    **self._access.headers(),
-                    **(headers or {}),
-                },
-                retries=False,
-                redirect=False,
-                preload_content=False,
-                timeout=urllib3.Timeout(connect=min(CONNECT_SECONDS, timeout), read=timeout),
-            )
-        except (http_errors.HTTPError, OSError) as error:
+            connection = self._pool.take(timeout)
+        except (ConnectError, OSError) as error:
             raise self.translate(error) from error
-        response = ResponseBody(self, answer, deadline)
+        try:
+            # A server that refuses a body answers before it has read it, and may hang up on the rest.
+            with contextlib.suppress(BrokenPipeError):
+                connection.request(method, path, body, headers)
+            answer = connection.getresponse()
+            response = ResponseBody(self, self._pool, connection, answer, deadline)
+        except (http.client.HTTPException, OSError, ValueError) as error:
+            # A ValueError is of a channel's name that no header or path can carry.
+            connection.close()
+            raise self.translate(error) from error
+        except BaseException:
+            connection.close()
+            raise
         if answer.status >= 300:
-            raise read_problem(self.url, answer.status, answer.headers, response.read_all(MAX_JSON_BYTES))
+            raise read_problem(self.url, answer.status, response.headers, response.read_all(MAX_JSON_BYTES))
         return response
 
     def request_json(
@@ -246,16 +271,15 @@ class ServerConnection:
 
     def close(self) -> None:
         """Close every connection; requests under way end with a ConnectError. Safe to call twice."""
-        self._sockets.cut()
-        self._pool.close()
+        self._pool.cut()
 
     def translate(self, error: Exception) -> ConnectError | TransferTimeout:
-        """The project's error for one of urllib3's."""
-        if self._sockets.closed:
+        """The project's error for what a connection raised."""
+        if self._pool.closed:
             return ConnectError(f"the connection to {self.url} was closed by this client")
-        if isinstance(error, http_errors.ConnectTimeoutError | http_errors.NewConnectionError):
-            return ConnectError(f"cannot connect to {self.url}: {error}: is the server running there?")
-        if isinstance(error, http_errors.TimeoutError | TimeoutError):
+        if isinstance(error, ConnectError):
+            return ConnectError(f"cannot connect to {self.url}: {error}")
+        if isinstance(error, TimeoutError):
             return TransferTimeout(
                 f"{self.url} did not answer within {self._timeout:g} s: raise timeout, or ask for less"
             )
@@ -265,17 +289,26 @@ class ServerConnection:
 class ResponseBody:
     """The body of one answer, read once; the connection goes back to the pool at its end."""
 
-    def __init__(self, server: ServerConnection, answer: urllib3.BaseHTTPResponse, deadline: float) -> None:
+    def __init__(
+        self,
+        server: ServerConnection,
+        pool: ConnectionPool,
+        connection: Connection,
+        answer: http.client.HTTPResponse,
+        deadline: float,
+    ) -> None:
         self._server = server
+        self._pool = pool
+        self._connection = connection
         self._answer = answer
         self.deadline = deadline
-        self.headers = answer.headers
+        # Case does not matter in its names.
+        self.headers = cast("Mapping[str, str]", answer.headers)
         self.content_type = answer.headers.get("Content-Type", "").partition(";")[0]
         self.length = self._left = _content_length(answer)
-        self._source = source_of(answer)
         self._checksum = Checksum(server.has_checksums)
-        if not self._left:
-            answer.drain_conn()
+        self._has_ended = False
+        self._end_if_read()
 
     def readinto(self, buffer: memoryview) -> None:
         """Fill the whole buffer with the next bytes.
@@ -286,18 +319,17 @@ class ResponseBody:
         filled = 0
         try:
             while filled < len(buffer):
-                count = self._source.readinto(buffer[filled : filled + READ_BYTES])
+                count = self._answer.readinto(buffer[filled : filled + READ_BYTES])
                 if not count:
-                    raise http_errors.IncompleteRead(self.length - self._left + filled, self._left - filled)
+                    raise http.client.IncompleteRead(b"", self._left - filled)
                 self._checksum.update(buffer[filled : filled + count])
                 filled += count
                 self._check_deadline()
-        except (http_errors.HTTPError, OSError, ValueError) as error:
+        except (http.client.HTTPException, OSError, ValueError) as error:
             self.close()
             raise self._server.translate(error) from error
         self._left -= filled
-        if not self._left:
-            self._answer.release_conn()
+        self._end_if_read()
 
     def check(self) -> None:
         """Compare the whole body's checksum with the one the server sent, which must be there if it was asked for.
@@ -320,6 +352,23 @@ class ResponseBody:
         self.readinto(memoryview(data))
         return bytes(data)
 
+    def close(self) -> None:
+        """Drop the connection unless the body was read to its end."""
+        if self._left:
+            self._answer.close()
+            self._connection.close()
+
+    def _end_if_read(self) -> None:
+        # Once: what is read of nothing more must not hand a connection back that somebody else has by now.
+        if self._left or self._has_ended:
+            return
+        self._has_ended = True
+        self._answer.close()
+        if self._answer.chunked:
+            self._connection.close()  # the end of the chunks was not read
+        else:
+            self._pool.give_back(self._connection)
+
     def _check_deadline(self) -> None:
         if time.monotonic() > self.deadline:
             self.close()
@@ -327,13 +376,8 @@ class ResponseBody:
                 f"{self._server.url} sent {self.length - self._left} of {self.length} bytes in time: raise timeout"
             )
 
-    def close(self) -> None:
-        """Drop the connection unless the body was read to its end."""
-        if self._left:
-            self._answer.close()
 
-
-def _content_length(answer: urllib3.BaseHTTPResponse) -> int:
+def _content_length(answer: http.client.HTTPResponse) -> int:
     """Bytes of an answer's body; an error page's may be left out, by something between the server and us.
 
     Raises:
@@ -343,8 +387,7 @@ def _content_length(answer: urllib3.BaseHTTPResponse) -> int:
     length = messages.read_count(text)
     if length is not None:
         return length
-    without_body = answer.status == 204 or answer.status >= 300
-    answer.close()
-    if text or not without_body:
+    if text or not (answer.status == http.client.NO_CONTENT or answer.status >= 300):
+        answer.close()
         raise ProtocolError(f"the answer, status {answer.status}, has Content-Length {text!r}: a number is expected")
     return 0

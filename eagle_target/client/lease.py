@@ -131,7 +131,7 @@ class Lease:
 
     def _leave(self) -> None:
         try:
-            self._connection.request("DELETE", self._path, timeout=LEAVE_SECONDS)
+            self._connection.request("DELETE", self._path, timeout=LEAVE_SECONDS).close()
         except EagleTargetError as error:
             logger.debug("%s was not told that this client leaves: %s", self._connection.url, error)
 
@@ -188,7 +188,7 @@ class ChannelControl:
     def renew(self, timeout: float) -> None:
         """Tell the server that the channel is used, if it can be told within so many seconds."""
         try:
-            self._connection.request("PUT", self._path, timeout=timeout)
+            self._connection.request("PUT", self._path, timeout=timeout).close()
         except EagleTargetError as error:
             if isinstance(error, ServerError) and error.problem == ProblemType.UNKNOWN_CHANNEL:
                 self.lost = True
@@ -201,7 +201,7 @@ class ChannelControl:
             return
         self._is_given_up = True
         try:
-            self._connection.request("DELETE", self._path, timeout=LEAVE_SECONDS)
+            self._connection.request("DELETE", self._path, timeout=LEAVE_SECONDS).close()
         except EagleTargetError as error:
             logger.debug("channel %s of %s was not closed: %s", self.channel_id, self._connection.url, error)
 

@@ -260,12 +260,14 @@ class ServerSession:
     ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         identity = self._identity(answered)
         body = self._connection.request(method, path, parts, {messages.REQUEST_ID: identity[messages.REQUEST_ID]})
-        check_answer(self.url, body.headers, identity)
         tensors = PackedTensors()
         wire = self._plugins.transports.get("wire")
-        control = self._control_of("wire")
-        metadata = wire.connect(wire.options_model(), {}, control).receive(body, tensors)
-        body.check()
+        try:
+            check_answer(self.url, body.headers, identity)
+            metadata = wire.connect(wire.options_model(), {}, self._control_of("wire")).receive(body, tensors)
+            body.check()
+        finally:
+            body.close()
         return tensors, metadata
 
     @contextmanager

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from eagle_target.client.http import MAX_JSON_BYTES, OpenSockets, ServerConnection
+from eagle_target.client.http import MAX_JSON_BYTES, ConnectionPool, ServerConnection
 from eagle_target.errors import (
     ConfigError,
     ConnectError,
@@ -78,6 +78,28 @@ def test_connections_are_used_again() -> None:
             assert connection.request_json("POST", "/x", {"a": 1}) == b"{}"
         assert server.accepted == 1
         assert [json.loads(request.body) for request in server.received] == [{"a": 1}] * 5
+
+
+def test_a_connection_serves_one_request_at_a_time_however_often_its_last_answer_is_read() -> None:
+    asked, go = threading.Event(), threading.Event()
+
+    def respond(request: Received, connection: socket.socket) -> bool:
+        if request.path == "/slow":
+            asked.set()
+            assert go.wait(SOON_SECONDS)
+        connection.sendall(reply())
+        return True
+
+    with stub(respond) as server, connected(server.url) as connection, ThreadPoolExecutor(1) as pool:
+        body = connection.request("PUT", "/")
+        for _ in range(3):
+            assert body.read_all(0) == b""
+        slow = pool.submit(connection.request, "GET", "/slow")
+        assert asked.wait(SOON_SECONDS)
+        connection.request("GET", "/")
+        assert server.accepted == 2
+        go.set()
+        slow.result(SOON_SECONDS)
 
 
 def test_a_connection_the_server_closed_while_idle_is_replaced() -> None:
@@ -179,17 +201,32 @@ def test_closing_ends_a_request_under_way(start: str, keep: str) -> None:
         connection.close()
 
 
-def test_a_socket_that_opens_while_its_client_closes_is_cut() -> None:
-    sockets = OpenSockets()
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        sockets.add(ours)
-        sockets.cut()
-        assert theirs.recv(1) == b""
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        sockets.add(ours)
-        assert theirs.recv(1) == b""
+def test_a_connection_that_opens_while_its_client_closes_is_cut() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(SOON_SECONDS)
+        pool = ConnectionPool("127.0.0.1", listener.getsockname()[1], None, kept=1)
+        for _ in range(2):
+            connection = pool.take(SOON_SECONDS)
+            theirs, _ = listener.accept()
+            pool.cut()
+            with theirs:
+                theirs.settimeout(SOON_SECONDS)
+                assert theirs.recv(1) == b""
+            connection.close()
+
+
+def test_no_more_connections_are_kept_than_were_meant() -> None:
+    with replying(reply(b"{}"), keep=True) as server:
+        port = int(server.url.rpartition(":")[2])
+        pool = ConnectionPool("127.0.0.1", port, None, kept=2)
+        taken = [pool.take(SOON_SECONDS) for _ in range(3)]
+        for connection in taken:
+            pool.give_back(connection)
+        assert [connection.sock is None for connection in taken] == [False, False, True]
+        assert pool.take(SOON_SECONDS) is taken[1]
+        pool.give_back(taken[1])
+        pool.cut()
+        assert all(connection.sock is None for connection in taken)
 
 
 def test_a_body_that_is_dropped_closes_its_connection() -> None:
