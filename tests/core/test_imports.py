@@ -33,10 +33,6 @@ def test_tiny_targets_import_transformers_only_when_one_is_saved() -> None:
     assert run_python("import sys, eagle_target.testing.tiny; print('transformers' in sys.modules)") == "False"
 
 
-def test_public_names_have_a_home() -> None:
-    assert sorted(eagle_target.__all__) == sorted(eagle_target._HOMES)
-
-
 @pytest.mark.parametrize(
     "name", ["VocabMapping", "TargetRunner", "Eagle3TargetBatch", "RunnerEagle3TargetModel", "SupervisionRequest"]
 )

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from eagle_target import memory
 from eagle_target.memory import ROUNDING_BYTES, SLAB_BYTES, PinnedPool, Registration, new_block
 from tests.cuda_runtime import CUDA, Runtime
 
@@ -26,7 +25,6 @@ MIB = 1 << 20
 
 @pytest.fixture
 def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
-    monkeypatch.setattr(memory, "_kept", [])
     runtime = Runtime(monkeypatch)
     yield runtime
     gc.collect()
@@ -261,7 +259,7 @@ def test_memory_that_cuda_does_not_let_go_of_is_kept(runtime: Runtime, caplog: p
     ]
     assert runtime.last_error == 0
     assert runtime.registered == SLAB
-    assert len(memory._kept) == 1
+    assert runtime.unmapped == []
     runtime.ranges.clear()
 
 
@@ -271,7 +269,8 @@ def test_memory_is_kept_whatever_stands_in_the_way(runtime: Runtime, monkeypatch
     with pytest.raises(TypeError):
         registration.release()
     gc.collect()
-    assert len(memory._kept) == 1
+    assert runtime.unmapped == []
+    runtime.ranges.clear()
 
 
 def test_without_cuda_memory_is_pageable(caplog: pytest.LogCaptureFixture) -> None:

@@ -44,25 +44,32 @@ class Groups:
 
     def __init__(self) -> None:
         self._proxies: list[Proxy] = []
+        self._armed: Armed | None = None
 
     def connect(self, address: tuple[str, int], timeout: float) -> socket.socket:
         proxy = Proxy("http://{}:{}".format(*address))
+        proxy.armed = self._armed
         self._proxies.append(proxy)
         return socket.create_connection(proxy.address, timeout)
 
     @contextlib.contextmanager
-    def in_the_midst(self, action: Callable[[], object] = bool, then: Fault = "pass") -> Iterator[None]:
+    def in_the_midst(
+        self, action: Callable[[], object] = bool, then: Fault = "pass", *, after: int = MIDST
+    ) -> Iterator[None]:
         """Do something once, in the midst of the next batch that comes; then a connection goes on, or does not.
 
         While it is done, and longer with `hold`, there is no more of the batch anywhere that the client can reach.
         """
-        armed = Armed(then, after=MIDST, first=action)
-        for proxy in self._proxies:
-            proxy.armed = armed
+        armed = Armed(then, after, first=action)
+        self._arm(armed)
         yield
         assert armed.left <= 0, "no batch came as far as its midst"
+        self._arm(None)
+
+    def _arm(self, armed: Armed | None) -> None:
+        self._armed = armed
         for proxy in self._proxies:
-            proxy.armed = None
+            proxy.armed = armed
 
     def release(self) -> None:
         """Let what was held go on, and hold no more."""

@@ -14,15 +14,15 @@ from urllib.parse import urlsplit
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-Fault = Literal["reset", "close", "hold", "pass"]
+Fault = Literal["reset", "close", "hold", "pass", "flip"]
 
 
 @dataclass
 class Armed:
     """A fault for the next `left` connections that have passed `after` bytes in one direction since it was armed.
 
-    They are reset, closed, held until the proxy is released and then passed on, or passed on at once. first: is done
-    before, while not a byte more gets through.
+    They are reset, closed, held until the proxy is released and then passed on, or passed on at once; with `flip` one
+    byte is changed. first: is done before, while not a byte more gets through.
     """
 
     fault: Fault
@@ -110,6 +110,8 @@ class Proxy:
                         if not self._strike(armed, client, server):
                             return
                         data = data[keep:]
+                        if armed.fault == "flip":
+                            data = bytes([data[0] ^ 1]) + data[1:]
                     passed += len(data)
                 sink.sendall(data)
 
@@ -122,7 +124,7 @@ class Proxy:
         elif armed.fault == "reset":
             for end in (client, server):
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        return armed.fault in ("hold", "pass")
+        return armed.fault not in ("reset", "close")
 
 
 def _shut_down(end: socket.socket) -> None:

@@ -236,22 +236,21 @@ def test_a_client_can_do_without(server: HttpServer) -> None:
 def test_what_came_with_the_tensors_is_compared(
     server: HttpServer, transport: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plugin = load_plugins().transports.get(transport)
-    connect = plugin.connect
-    opened: list[ClientChannel] = []
+    used = load_plugins().transports.get(transport)
+    connect, changed = used.connect, dict[str, str]()
 
-    def remember(*arguments: Any) -> ClientChannel:
-        opened.append(connect(*arguments))
-        return opened[-1]
+    def connect_and_change(*arguments: Any) -> ClientChannel:
+        channel = connect(*arguments)
+        receive = channel.receive
+        monkeypatch.setattr(channel, "receive", lambda body, sink: {**receive(body, sink), **changed})
+        return channel
 
-    monkeypatch.setattr(plugin, "connect", remember)
+    monkeypatch.setattr(used, "connect", connect_and_change)
     with RemoteEagle3TargetModel.from_urls(
         [server.url], transport=transport, encoding="probs", max_retries=0
     ) as target:
         target.set_vocab_mapping(mapping_of())
         target.generate_batch(**rows_of())
-        (channel,) = opened
-        receive = channel.receive
-        monkeypatch.setattr(channel, "receive", lambda body, sink: {**receive(body, sink), name: "another's"})
+        changed[name] = "another's"
         with pytest.raises(ProtocolError, match=f'answered with {name} "another\'s"'):
             target.generate_batch(**rows_of())

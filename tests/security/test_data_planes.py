@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from eagle_target_nccl.gate import MAX_STRANGERS, NAME_BYTES
-from eagle_target_nccl.groups import TcpGroup
 from eagle_target_shm.doorway import ADDRESS, CLIENT, GREETING, SERVER, Invitation, enter
 from torch import distributed
 
@@ -26,6 +25,7 @@ from eagle_target.seals import NONCE_BYTES, SEAL_BYTES, new_key
 from eagle_target.testing.comparison import assert_same_batch
 from eagle_target.testing.server import loopback_server
 from tests.client.batches import expected_batch, rows_of
+from tests.faults.nccl_ends import proxied_groups
 from tests.faults.processes import faulty_server, nothing_left_behind
 from tests.security.strangers import NOBODY, as_stranger, listening, needs_another_user, other_host, stranger
 from tests.server.cases import PATIENCE_SECONDS, mapping_of, wait_until
@@ -249,20 +249,11 @@ def test_nothing_is_taken_from_who_poses_as_the_server(
             connected(server.url)
 
 
-def test_a_byte_changed_on_the_way_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    with faulty_server(**SETTINGS) as server, connected(server.url) as target:
+def test_a_byte_changed_on_the_way_is_asked_for_again() -> None:
+    with faulty_server(**SETTINGS) as server, proxied_groups() as groups, connected(server.url) as target:
         check_batch(target)
-        read, flips = TcpGroup._read, [7]
-
-        def flip(self: TcpGroup, piece: memoryview) -> int:
-            count = read(self, piece)
-            if flips:
-                piece[flips.pop() % count] ^= 1
-            return count
-
-        monkeypatch.setattr(TcpGroup, "_read", flip)
-        check_batch(target)
-        assert flips == []
+        with groups.in_the_midst(then="flip", after=7):
+            check_batch(target)
         assert target.model_info()["traffic"]["retries"] == 1
 
 

@@ -33,6 +33,7 @@ from eagle_target.testing.comparison import assert_same_batch, assert_same_bits
 from eagle_target.testing.server import loopback_server
 from eagle_target.testing.transport_harness import ChannelPair, MemoryBody, MemoryControl
 from tests.client.batches import expected_batch, rows_of
+from tests.faults.nccl_ends import proxied_groups
 from tests.server.cases import PATIENCE_SECONDS, mapping_of, wait_until
 
 if TYPE_CHECKING:
@@ -208,33 +209,26 @@ def test_a_list_steps_down_once_and_comes_back(
 
 
 @pytest.mark.parametrize("end", ["client", "server"])
-def test_either_end_may_close_in_the_middle_of_a_transfer(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with joined() as pair:
-        read = TcpGroup._read
-
-        def close_first(self: TcpGroup, piece: memoryview) -> int:
-            count = read(self, piece)
-            monkeypatch.undo()
-            closing = threading.Thread(target=getattr(pair, end).close)
-            closing.start()
-            closing.join(PATIENCE_SECONDS)
-            return count
-
+def test_either_end_may_close_in_the_middle_of_a_transfer(end: str) -> None:
+    with proxied_groups() as groups, joined() as pair:
         reply = pair.server.send("t", large(), {})
-        monkeypatch.setattr(TcpGroup, "_read", close_first)
-        with pytest.raises(ConnectError):
+        with groups.in_the_midst(getattr(pair, end).close), pytest.raises(ConnectError):
             pair.client.receive(MemoryBody.of(reply), PackedTensors())
         assert pair.client.broken
 
 
 def test_a_client_whose_turn_does_not_come_has_a_timeout_and_the_channel_goes_on() -> None:
-    with joined() as pair:
+    with proxied_groups() as groups, joined() as pair, ThreadPoolExecutor(1) as pool:
         bodies = [MemoryBody.of(pair.server.send(name, large(), {})) for name in ("first", "second")]
-        bodies[0].deadline = time.monotonic()
-        with pair.client._turn, pytest.raises(TransferTimeout, match="another transfer"):  # type: ignore[attr-defined]
-            pair.client.receive(bodies[0], PackedTensors())
-        received = PackedTensors()
-        pair.client.receive(bodies[1], received)
+        received, is_in_its_midst = PackedTensors(), threading.Event()
+        with groups.in_the_midst(is_in_its_midst.set, then="hold"):
+            receiving = pool.submit(pair.client.receive, bodies[0], received)
+            assert is_in_its_midst.wait(PATIENCE_SECONDS)
+            bodies[1].deadline = time.monotonic()
+            with pytest.raises(TransferTimeout, match="another transfer"):
+                pair.client.receive(bodies[1], PackedTensors())
+        groups.release()
+        receiving.result(PATIENCE_SECONDS)
         assert_same_bits(received, large())
 
 

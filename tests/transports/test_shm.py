@@ -32,6 +32,7 @@ from tests.faults.processes import named_memory
 from tests.server.cases import wait_until
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Iterator
 
 MEBIBYTE = 1 << 20
@@ -49,10 +50,11 @@ class Pair(ChannelPair):
         super().__init__(ShmTransport, endpoint, {})
         assert isinstance(self.server, ShmServerChannel)
         self.made = self.server
+        self.endpoint = endpoint
 
     @property
     def used(self) -> int:
-        return self.made._memories["host"].arena.used_bytes
+        return self.made.used_bytes
 
     def body(self, transfer_id: str = "t", **tensors: torch.Tensor) -> MemoryBody:
         return MemoryBody.of(self.server.send(transfer_id, tensors, {}))
@@ -110,8 +112,9 @@ def test_an_answer_is_made_where_the_client_reads_it(small: Pair) -> None:
 def test_memory_is_used_again_when_both_sides_have_let_go(small: Pair) -> None:
     offsets = set()
     for value in range(20):
-        received = small.receive(body := small.body(large=mebibytes(9, value), small=torch.tensor([value])))
-        ticket = json.loads(bytes(body._left.obj))
+        reply = small.server.send("t", {"large": mebibytes(9, value), "small": torch.tensor([value])}, {})
+        received = small.receive(MemoryBody.of(reply))
+        ticket = json.loads(b"".join(reply.parts))
         offsets.add(ticket["tensors"][0][4])
         view = received["large"][3:, 5]
         received.clear()
@@ -293,12 +296,12 @@ def test_no_more_is_promised_than_may_be_used() -> None:
     with pytest.raises(ConnectError, match=r"max_total_bytes, 9437184: raise it"):
         Pair(endpoint)
     pairs[0].close()
-    wait_until(lambda: endpoint._reserved == 4 * MEBIBYTE)
+    wait_until(lambda: endpoint.reserved_bytes == 4 * MEBIBYTE)
     pairs.append(Pair(endpoint))
     for pair in pairs:
         pair.close()
     endpoint.close()
-    wait_until(lambda: endpoint._reserved == 0)
+    wait_until(lambda: endpoint.reserved_bytes == 0)
 
 
 def test_neither_side_can_cut_memory_off_and_nothing_has_a_name(small: Pair) -> None:
@@ -306,16 +309,18 @@ def test_neither_side_can_cut_memory_off_and_nothing_has_a_name(small: Pair) -> 
     maps = Path("/proc/self/maps")
     before = named_memory(maps)
     received = small.receive(small.body(rows=mebibytes(2, 1)))
-    for segment in (small.made._segment, small.client._locks):
-        assert segment is not None
+    links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    memory = [int(link.name) for link in links if "memfd:eagle-target-shm" in str(link.readlink())]
+    assert memory
+    for descriptor in memory:
         with pytest.raises(PermissionError):
-            os.ftruncate(segment.descriptor, 0)
+            os.ftruncate(descriptor, 0)
     assert named_memory(maps) == before
     assert bool((received["rows"] == 1).all())
 
 
 def test_strangers_are_sent_away(small: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    endpoint = small.made._endpoint
+    endpoint = small.endpoint
     name = endpoint.offer()["socket"]
     nobody = Invitation(bytes(NAME_BYTES), bytes(KEY_BYTES))
     with pytest.raises(ConnectError, match="expects another client"):
@@ -337,7 +342,7 @@ def test_another_user_is_not_let_in(small: Pair, monkeypatch: pytest.MonkeyPatch
         lambda _: os.geteuid() + (threading.current_thread() is not here),
     )
     with pytest.raises(ConnectError):
-        Pair(small.made._endpoint)
+        Pair(small.endpoint)
 
 
 @pytest.mark.parametrize(
@@ -352,7 +357,7 @@ def test_a_server_elsewhere_is_refused_before_anything_is_opened(
         Pair(endpoint)
     with pytest.raises(ConnectError, match=f"the client .*{reason}"):
         endpoint.accept({**this_host(), field: "other"}, reached_at="127.0.0.1")
-    assert endpoint._reserved == 0
+    assert endpoint.reserved_bytes == 0
     endpoint.close()
 
 
@@ -361,7 +366,7 @@ def test_memory_that_is_not_the_servers_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("eagle_target_shm.segment.Segment.write_probe", lambda *_: None)
     with pytest.raises(ConnectError, match="is not what the server wrote to"):
         Pair(endpoint)
-    wait_until(lambda: endpoint._reserved == 0)
+    wait_until(lambda: endpoint.reserved_bytes == 0)
     endpoint.close()
 
 
@@ -373,20 +378,31 @@ def test_a_transfer_before_the_client_has_come_and_after_it_went_is_an_error() -
     channel.close()
     pair = Pair(endpoint)
     pair.client.close()
-    wait_until(lambda: not pair.made._memories)
+    wait_until(lambda: not isinstance(pair.server.new_tensors(), SharedTensors))
     with pytest.raises(ConnectError, match="open another"):
         pair.body(rows=torch.ones(3))
     assert not isinstance(pair.server.new_tensors(), SharedTensors)
     endpoint.close()
 
 
-def test_what_clients_say_is_checked(small: Pair) -> None:
-    assert isinstance(small.client, client.ShmClientChannel)
-    small.client._connection.send((77).to_bytes(8, "little"))
-    small.client._connection.send(((1 << 40) + 5).to_bytes(8, "little"))
-    assert int(small.receive(small.body(rows=torch.tensor([4])))["rows"]) == 4
-    small.client._connection.send(b"what")
-    wait_until(lambda: small.client.broken)
+def test_what_clients_say_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    connections = []
+
+    def enter_and_keep(name: str, invitation: Invitation) -> tuple[socket.socket, int]:
+        connection, given = enter(name, invitation)
+        connections.append(connection)
+        return connection, given
+
+    monkeypatch.setattr(client, "enter", enter_and_keep)
+    endpoint = listening()
+    pair = Pair(endpoint)
+    connections[0].send((77).to_bytes(8, "little"))
+    connections[0].send(((1 << 40) + 5).to_bytes(8, "little"))
+    assert int(pair.receive(pair.body(rows=torch.tensor([4])))["rows"]) == 4
+    connections[0].send(b"what")
+    wait_until(lambda: pair.client.broken)
+    pair.close()
+    endpoint.close()
 
 
 @pytest.mark.slow

@@ -49,6 +49,11 @@ class ShmServerEndpoint(ServerEndpoint):
         self._lock = threading.Lock()
         self._reserved = 0
 
+    @property
+    def reserved_bytes(self) -> int:
+        """Of shared memory, promised to clients."""
+        return self._reserved
+
     def offer(self) -> dict[str, Any]:
         """Which host this is, and where the doorway is."""
         return {**this_host(), "socket": self._doorway.name}
@@ -111,6 +116,11 @@ class ShmServerChannel(ServerChannel):
         if self._device is not None:
             self._memories[CUDA] = self._memory(self._device, segment, "cuda_bytes", FIRST_CUDA_NUMBER)
         self._arenas = {kind: memory.arena for kind, memory in self._memories.items()}
+
+    @property
+    def used_bytes(self) -> int:
+        """Of answers that are being made, or that the client has not let go of; none when it is gone."""
+        return sum(arena.used_bytes for arena in [*self._arenas.values()])
 
     def describe(self) -> dict[str, Any]:
         """What the client maps."""
