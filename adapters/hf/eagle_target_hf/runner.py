@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,10 @@ from eagle_target.checkpoints.digest import module_digest
 from eagle_target.contract.runner import TargetRunner
 from eagle_target.contract.target import TargetInfo, validate_aux_layer_ids
 from eagle_target.errors import AdapterError
+from eagle_target.plugins.engine_errors import engine_call
 from eagle_target_hf.architecture import find_architecture
 from eagle_target_hf.batching import plan_batches
 from eagle_target_hf.execution import run_batches
-from eagle_target_hf.failures import engine_call
 from eagle_target_hf.memory import ForwardMemory
 from eagle_target_hf.options import DEFAULT_MAX_BATCH_TOKENS
 from eagle_target_hf.probe import Proven, prove
@@ -57,7 +58,13 @@ class HFTargetRunner(TargetRunner):
         architecture = find_architecture(model)
         device = architecture.device()
         model.eval()
-        with engine_call("the probe at load", device, max_batch_tokens):
+        self._engine_call = partial(
+            engine_call,
+            engine="transformers",
+            memory_remedy=f"lower max_batch_tokens, now {max_batch_tokens}",
+            device=device,
+        )
+        with self._engine_call("the probe at load"):
             proven = prove(architecture)
         self._model: torch.nn.Module | None = model
         self._proven: Proven | None = proven
@@ -125,7 +132,7 @@ class HFTargetRunner(TargetRunner):
         if model.training:
             model.eval()
         execution = proven.execution
-        with engine_call("the target's forward", self._device, self._max_batch_tokens):
+        with self._engine_call("the target's forward"):
             batches = plan_batches(
                 seq_lens,
                 layout=execution.layout,
@@ -156,7 +163,7 @@ class HFTargetRunner(TargetRunner):
                 f"{proven.execution.architecture.name} gives no logits for hidden states: use those of its forward"
             )
         self._memory.note_head()
-        with engine_call("the target's head", self._device, self._max_batch_tokens):
+        with self._engine_call("the target's head"):
             return proven.head(last_hidden_states)
 
     def input_embedding_weight(self) -> torch.Tensor:

@@ -44,7 +44,7 @@ def load_in_process(
         )
     device = torch.device(choose_device(options))
     try:
-        with engine_call("starting the engine", device):
+        with engine_call("starting the engine", device=device):
             dtype = checkpoint_dtype(model, options)
             known_by = _known_by(options)
             # One rank speaks for all.

@@ -154,7 +154,7 @@ class SGLangTargetRunner(TargetRunner):
     def _engine(self, what: str) -> Iterator[None]:
         # Each thread has a current CUDA device of its own, and kernels are launched on it.
         current = torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
-        with current, engine_call(what, self._device):
+        with current, engine_call(what, device=self._device):
             yield
 
     def _open(self) -> Any:

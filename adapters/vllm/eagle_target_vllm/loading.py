@@ -88,7 +88,7 @@ def load_engine(model: str, options: VLLMOptions, aux_layer_ids: Sequence[int] |
             "-o process=separate"
         )
     guard = INLINE_LOCK if inline else nullcontext()
-    with engine_call(f"loading {model!r}", vllm.__version__), guard, _environment(options, inline_worker=inline_worker):
+    with engine_call(f"loading {model!r}"), guard, _environment(options, inline_worker=inline_worker):
         arguments = engine_arguments(model, options)
         known_by: dict[str, Any] = {"revision": options.revision, "options": _deciding_options(options)}
         before = checkpoint_digest(model, **known_by)

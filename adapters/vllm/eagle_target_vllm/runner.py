@@ -18,7 +18,7 @@ from eagle_target.contract.target import TargetInfo, validate_aux_layer_ids
 from eagle_target.errors import AdapterError, EngineDead
 from eagle_target_vllm.blocks import BlockPool
 from eagle_target_vllm.connector import state_ids
-from eagle_target_vllm.failures import engine_call, is_dead
+from eagle_target_vllm.failures import engine_call
 from eagle_target_vllm.feeding import check_outcome, has_lost_process, run_sequences, step_until
 from eagle_target_vllm.inline import INLINE_LOCK
 from eagle_target_vllm.loading import end_engine
@@ -246,11 +246,11 @@ class VLLMTargetRunner(TargetRunner):
         return weight, bias[0] if bias else None
 
     def _lease(self, size: int) -> Lease:
-        with engine_call(MEMORY, vllm.__version__):
+        with engine_call(MEMORY):
             return self._blocks.lease(size)
 
     def _new_block(self, size: int) -> SharedBlock:
-        with engine_call(MEMORY, vllm.__version__):
+        with engine_call(MEMORY):
             return SharedBlock.create(size)
 
     def _call(self, method: str, *arguments: Any, what: str) -> Any:
@@ -270,12 +270,13 @@ class VLLMTargetRunner(TargetRunner):
     def _watched(self, what: str) -> Iterator[None]:
         """Run the engine; once it is dead, say so at every later call without asking it."""
         try:
-            with engine_call(what, vllm.__version__), self._lock:
+            with engine_call(what), self._lock:
                 yield
+        except EngineDead as error:
+            self._failure = str(error)
+            raise
         except AdapterError as error:
-            if error.__cause__ is not None and is_dead(error.__cause__):
-                self._failure = str(error)
-            elif self._engine is not None and has_lost_process(self._engine):
+            if self._engine is not None and has_lost_process(self._engine):
                 self._failure = (
                     f"a worker of vLLM {vllm.__version__} died in {what}, its log says why: restart the server"
                 )
