@@ -5,8 +5,10 @@ Names are loaded on first use, so that importing the package imports no torch.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
+
+from eagle_target.lazy import load_name
 
 if TYPE_CHECKING:
     from eagle_target.backend import BatchHandle, Eagle3TargetBackend
@@ -61,8 +63,4 @@ __all__ = [
     "open_target",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = partial(load_name, __name__, _HOMES)

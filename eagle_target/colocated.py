@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 
@@ -13,9 +13,11 @@ from eagle_target.contract.target import ServedTarget, validate_aux_layer_ids
 from eagle_target.devices import resolve_device
 from eagle_target.errors import AdapterError
 from eagle_target.model_info import describe_target
+from eagle_target.plugins.options import build_model
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from eagle_target.compute.layout import TrainerRows
     from eagle_target.contract.batch import Eagle3TargetBatch
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from eagle_target.contract.runner import DraftHead, TargetRunner
     from eagle_target.contract.vocab_mapping import VocabMapping
     from eagle_target.model_info import ModelInfo
+    from eagle_target.plugins.adapter import Adapter
 
 
 class RunnerEagle3TargetModel(RequestingBackend):
@@ -91,3 +94,48 @@ class RunnerEagle3TargetModel(RequestingBackend):
     def _release(self) -> None:
         with self._engine:
             self.runner.close()
+
+
+class PretrainedEagle3TargetModel(RunnerEagle3TargetModel):
+    """Supervision from a checkpoint under one engine, in this process. adapter: the engine's, a subclass names it."""
+
+    adapter: ClassVar[type[Adapter]]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_path: str | Path,
+        aux_layer_ids: Sequence[int] | None = None,
+        *,
+        encoding: Encoding = "probs",
+        rows: RowPolicy = "supervised",
+        probs_dtype: torch.dtype = torch.float32,
+        **options: Any,
+    ) -> Self:
+        """Load a path or a hub id.
+
+        Args:
+            model_path: where the checkpoint is.
+            aux_layer_ids, encoding, rows, probs_dtype: see `RunnerEagle3TargetModel`.
+            options: the engine's, by name; torch's own dtypes and devices are taken for their names. `device` is the
+                target's where the engine has such an option, and batches go there; else only batches do.
+
+        Raises:
+            ConfigError: an unknown option, or a wrong value.
+            AdapterError: the engine refused, with its message kept.
+        """
+        has_device = "device" in cls.adapter.options_model.model_fields
+        batch_device = None if has_device else options.pop("device", None)
+        named = {
+            name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype | torch.device) else value
+            for name, value in options.items()
+        }
+        settings = build_model(cls.adapter.options_model, named, f"options of adapter {cls.adapter.name!r}")
+        runner = cls.adapter.load(str(model_path), settings, aux_layer_ids)
+        try:
+            return cls(
+                runner, aux_layer_ids, encoding=encoding, rows=rows, probs_dtype=probs_dtype, device=batch_device
+            )
+        except BaseException:
+            runner.close()
+            raise

@@ -5,9 +5,11 @@ Names are loaded on first use: a suite imports transformers, and pytest.
 
 from __future__ import annotations
 
-import importlib
 import sys
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
+
+from eagle_target.lazy import load_name
 
 if TYPE_CHECKING:
     from eagle_target.testing.adapter_checkpoints import WholeCheckpointConformance
@@ -64,8 +66,4 @@ if "pytest" in sys.modules:
     for _module in _WITH_ASSERTS:
         pytest.register_assert_rewrite(f"{__name__}.{_module}")
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = partial(load_name, __name__, _HOMES)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import threading
 from concurrent.futures import CancelledError
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eagle_target.colocated import RunnerEagle3TargetModel
+from eagle_target.colocated import PretrainedEagle3TargetModel, RunnerEagle3TargetModel
 from eagle_target.contract.runner import TargetForward
 from eagle_target.contract.vocab_mapping import VocabMapping
-from eagle_target.errors import AdapterError, ContractError, VocabMappingError
+from eagle_target.errors import AdapterError, ConfigError, ContractError, VocabMappingError
+from eagle_target.plugins.adapter import Adapter
+from eagle_target.plugins.options import PluginOptions
 from eagle_target.testing.comparison import assert_same_batch
 from eagle_target.testing.tiny import EmbeddingRunner, shuffled_mapping
 from tests.core.layouts import LAYOUTS, mask_of, packed_masks, padded_masks
@@ -596,3 +598,70 @@ def test_the_trainers_autocast_does_not_reach_the_target(encoding: Encoding) -> 
             waited = target.generate_batch_async(*PADDED).result()
         assert_same_batch(inside, expected)
         assert_same_batch(waited, expected)
+
+
+class MotorOptions(PluginOptions):
+    dtype: str = "auto"
+    loads: int = 1
+
+
+class DeviceOptions(MotorOptions):
+    device: str = "cpu"
+
+
+class MotorAdapter(Adapter):
+    name = "motor"
+    options_model = MotorOptions
+    loaded: ClassVar[list[tuple[str, PluginOptions, Any]]] = []
+    runners: ClassVar[list[EmbeddingRunner]] = []
+
+    @classmethod
+    def engine_version(cls) -> str | None:
+        return "1"
+
+    @classmethod
+    def load(cls, model: str, options: PluginOptions, aux_layer_ids: Sequence[int] | None = None) -> EmbeddingRunner:
+        cls.loaded.append((model, options, aux_layer_ids))
+        cls.runners.append(EmbeddingRunner(**HEAD))  # type: ignore[arg-type]
+        return cls.runners[-1]
+
+
+class MotorTarget(PretrainedEagle3TargetModel):
+    adapter = MotorAdapter
+
+
+class DeviceAdapter(MotorAdapter):
+    options_model = DeviceOptions
+
+
+class DeviceTarget(PretrainedEagle3TargetModel):
+    adapter = DeviceAdapter
+
+
+def test_a_checkpoint_is_loaded_with_the_engine_s_options() -> None:
+    with MotorTarget.from_pretrained("there", (0, 1, 2), dtype=torch.bfloat16, loads="2", encoding="logits") as target:
+        assert MotorAdapter.loaded[-1] == ("there", MotorOptions(dtype="bfloat16", loads=2), (0, 1, 2))
+        assert target.form.encoding == "logits"
+
+
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu")])
+def test_a_device_is_the_engine_s_where_it_has_that_option_and_the_batches_elsewhere(device: Any) -> None:
+    with DeviceTarget.from_pretrained("there", device=device):
+        assert MotorAdapter.loaded[-1][1] == DeviceOptions(device="cpu")
+    with pytest.raises(ConfigError, match="no such device"):
+        MotorTarget.from_pretrained("there", device="no such device")
+    with MotorTarget.from_pretrained("there", device=device) as target:
+        assert target.form.device == torch.device("cpu")
+
+
+def test_an_unknown_option_is_named_with_its_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"options of adapter 'motor': unknown option 'load', did you mean 'loads'\?"):
+        MotorTarget.from_pretrained("there", load=2)
+
+
+def test_a_target_that_is_refused_after_loading_is_closed() -> None:
+    with pytest.raises(ContractError, match="layers"):
+        MotorTarget.from_pretrained("there", (1, 2, 99))
+
+    with pytest.raises(AdapterError, match="closed"):
+        MotorAdapter.runners[-1].forward_eagle3(torch.tensor([1]), [1])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
+from eagle_target.lazy import load_name
 from eagle_target.plugins.hookspecs import hookimpl
 from eagle_target_hf.adapter import HFAdapter
 from eagle_target_hf.options import HFOptions
@@ -24,13 +26,4 @@ def register_adapters(register: Callable[[type[Adapter]], None]) -> None:
     register(HFAdapter)
 
 
-def __getattr__(name: str) -> Any:
-    if name == "HFEagle3TargetModel":
-        from eagle_target_hf.model import HFEagle3TargetModel
-
-        return HFEagle3TargetModel
-    if name == "HFTargetRunner":
-        from eagle_target_hf.runner import HFTargetRunner
-
-        return HFTargetRunner
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = partial(load_name, __name__, {"HFEagle3TargetModel": "model", "HFTargetRunner": "runner"})

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from eagle_target.colocated import RunnerEagle3TargetModel
-from eagle_target.plugins.options import build_model
+from eagle_target.colocated import PretrainedEagle3TargetModel
 from eagle_target_hf.adapter import HFAdapter
-from eagle_target_hf.options import DEFAULT_MAX_BATCH_TOKENS, HFOptions
+from eagle_target_hf.options import DEFAULT_MAX_BATCH_TOKENS
 from eagle_target_hf.runner import HFTargetRunner
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from eagle_target.contract.request import Encoding, RowPolicy
 
 
-class HFEagle3TargetModel(RunnerEagle3TargetModel):
-    """Supervision from a transformers model in this process.
+class HFEagle3TargetModel(PretrainedEagle3TargetModel):
+    """Supervision from a transformers model in this process; options of `from_pretrained` are those of `HFOptions`.
 
     Args:
         model: a loaded model, put into eval mode and otherwise not changed; or a runner of one.
@@ -32,6 +30,8 @@ class HFEagle3TargetModel(RunnerEagle3TargetModel):
         AdapterError: the architecture cannot be captured.
         ContractError: layers out of range or not three.
     """
+
+    adapter = HFAdapter
 
     def __init__(
         self,
@@ -48,37 +48,3 @@ class HFEagle3TargetModel(RunnerEagle3TargetModel):
             model if isinstance(model, HFTargetRunner) else HFTargetRunner(model, max_batch_tokens=max_batch_tokens)
         )
         super().__init__(runner, aux_layer_ids, encoding=encoding, rows=rows, probs_dtype=probs_dtype, device=device)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model_path: str | Path,
-        aux_layer_ids: Sequence[int] | None = None,
-        *,
-        encoding: Encoding = "probs",
-        rows: RowPolicy = "supervised",
-        probs_dtype: torch.dtype = torch.float32,
-        **options: Any,
-    ) -> Self:
-        """Load a path or a hub id.
-
-        Args:
-            model_path: where the checkpoint is.
-            aux_layer_ids, encoding, rows, probs_dtype: as for the class.
-            options: fields of `HFOptions`; `device` is the target's, and batches go there too.
-
-        Raises:
-            ConfigError: an unknown option, or a wrong value.
-            AdapterError: transformers refused, with its message kept.
-        """
-        settings = build_model(HFOptions, _with_dtype_name(options), "options of adapter 'hf'")
-        runner = HFAdapter.load(str(model_path), settings, aux_layer_ids)
-        return cls(runner, aux_layer_ids, encoding=encoding, rows=rows, probs_dtype=probs_dtype)
-
-
-def _with_dtype_name(options: dict[str, Any]) -> dict[str, Any]:
-    """Take torch's own dtype and device objects where the options have names."""
-    plain = (torch.dtype, torch.device)
-    return {
-        key: str(value).removeprefix("torch.") if isinstance(value, plain) else value for key, value in options.items()
-    }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
+from eagle_target.lazy import load_name
 from eagle_target.plugins.hookspecs import hookimpl
 from eagle_target_sglang.adapter import SGLangAdapter
 from eagle_target_sglang.options import SGLangOptions
@@ -24,13 +26,4 @@ def register_adapters(register: Callable[[type[Adapter]], None]) -> None:
     register(SGLangAdapter)
 
 
-def __getattr__(name: str) -> Any:
-    if name == "SGLangEagle3TargetModel":
-        from eagle_target_sglang.model import SGLangEagle3TargetModel
-
-        return SGLangEagle3TargetModel
-    if name == "SGLangTargetRunner":
-        from eagle_target_sglang.runner import SGLangTargetRunner
-
-        return SGLangTargetRunner
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = partial(load_name, __name__, {"SGLangEagle3TargetModel": "model", "SGLangTargetRunner": "runner"})

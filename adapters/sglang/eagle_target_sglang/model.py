@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from eagle_target.colocated import RunnerEagle3TargetModel
-from eagle_target.plugins.options import build_model
+from eagle_target.colocated import PretrainedEagle3TargetModel
 from eagle_target_sglang.adapter import SGLangAdapter
 from eagle_target_sglang.options import SGLangOptions
 
@@ -18,8 +17,10 @@ if TYPE_CHECKING:
     from eagle_target.contract.request import Encoding, RowPolicy
 
 
-class SGLangEagle3TargetModel(RunnerEagle3TargetModel):
+class SGLangEagle3TargetModel(PretrainedEagle3TargetModel):
     """Supervision from SGLang without a server; see `RunnerEagle3TargetModel` and `from_pretrained`."""
+
+    adapter = SGLangAdapter
 
     @classmethod
     def from_pretrained(
@@ -50,18 +51,16 @@ class SGLangEagle3TargetModel(RunnerEagle3TargetModel):
             ConfigError: an unknown option or argument, or a wrong value.
             AdapterError: SGLang refused, with its message kept.
         """
-        fields = set(SGLangOptions.model_fields)
-        values: dict[str, Any] = {name: value for name, value in sglang_kwargs.items() if name in fields}
-        further = {name: value for name, value in sglang_kwargs.items() if name not in fields}
-        values["server_args"] = {**values.get("server_args", {}), **further}
-        values |= {
-            "dtype": "auto" if dtype is None else str(dtype).removeprefix("torch."),
-            "tp_size": tp_size,
-            "trust_remote_code": trust_remote_code,
-        }
-        runner = SGLangAdapter.load(str(model_path), build_model(SGLangOptions, values, "options of adapter 'sglang'"))
-        try:
-            return cls(runner, aux_layer_ids, encoding=encoding, rows=rows, probs_dtype=probs_dtype)
-        except BaseException:
-            runner.close()
-            raise
+        known = {name: value for name, value in sglang_kwargs.items() if name in SGLangOptions.model_fields}
+        further = {name: value for name, value in sglang_kwargs.items() if name not in known}
+        return super().from_pretrained(
+            model_path,
+            aux_layer_ids,
+            encoding=encoding,
+            rows=rows,
+            probs_dtype=probs_dtype,
+            dtype="auto" if dtype is None else dtype,
+            tp_size=tp_size,
+            trust_remote_code=trust_remote_code,
+            **known | {"server_args": {**known.get("server_args", {}), **further}},
+        )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
+from eagle_target.lazy import load_name
 from eagle_target.plugins.hookspecs import hookimpl
 from eagle_target_vllm.adapter import VLLMAdapter
 from eagle_target_vllm.options import VLLMOptions
@@ -24,13 +26,4 @@ def register_adapters(register: Callable[[type[Adapter]], None]) -> None:
     register(VLLMAdapter)
 
 
-def __getattr__(name: str) -> Any:
-    if name == "VLLMEagle3TargetModel":
-        from eagle_target_vllm.model import VLLMEagle3TargetModel
-
-        return VLLMEagle3TargetModel
-    if name == "VLLMTargetRunner":
-        from eagle_target_vllm.runner import VLLMTargetRunner
-
-        return VLLMTargetRunner
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = partial(load_name, __name__, {"VLLMEagle3TargetModel": "model", "VLLMTargetRunner": "runner"})
