@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import xxhash
 
-from eagle_target.checkpoints.files import find_folder
+from eagle_target.checkpoints.files import find_folder, read_index
 from eagle_target.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -152,6 +152,7 @@ def sampled_blocks(nbytes: int, total: int) -> list[int] | None:
 
 
 def _weight_files(place: Path) -> list[Path]:
+    """All files that an engine may take the weights from; `read_stored` has those that transformers does."""
     if place.is_file():
         return [place]
     found = _main_files(place)
@@ -165,21 +166,13 @@ def _main_files(folder: Path) -> list[Path]:
         found = list(folder.glob(first))
         index = folder / f"{first}.index.json"
         if index.is_file():
-            found += [folder / shard for shard in _read_index(index).values()]
+            found += read_index(index)
         if not found:
             others = [path for pattern in patterns for path in folder.glob(pattern) if path.name not in ADAPTER_FILES]
             found = [path for path in others if not path.name.startswith(SECOND_COPIES)] or others
         if found:
             return found
     return []
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    try:
-        shards = json.loads(path.read_bytes())["weight_map"]
-        return {str(name): str(shard) for name, shard in shards.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise AdapterError(f"{path} is no index of a checkpoint: {type(error).__name__}: {error}") from error
 
 
 def _settings(place: Path, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -86,6 +86,21 @@ def find_folder(name: str, revision: str | None) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
+def read_index(index: Path) -> list[Path]:
+    """The files that an index of weights names, there or not, each once, in the order of their names.
+
+    Raises:
+        AdapterError: it is no index.
+    """
+    try:
+        shards = json.loads(index.read_bytes())["weight_map"].values()
+        return [index.parent / str(shard) for shard in sorted(set(shards))]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise AdapterError(
+            f"{index} is no index of a checkpoint, copy it again: {type(error).__name__}: {error}"
+        ) from error
+
+
 def read_stored(folder: Path, file_name: str | None = None) -> dict[str, StoredTensor]:
     """Names, dtypes and shapes of the weights in a folder, as transformers would choose its files; empty if none.
 
@@ -94,7 +109,7 @@ def read_stored(folder: Path, file_name: str | None = None) -> dict[str, StoredT
         file_name: of the weights or of their index, where config.json names one.
 
     Raises:
-        AdapterError: a file that the index names is not there, or one is cut short.
+        AdapterError: a file that the index names is not there, or one is cut short, or the index is none.
     """
     stored: dict[str, StoredTensor] = {}
     for path in _weight_files(folder, file_name):
@@ -159,10 +174,7 @@ def _weight_files(folder: Path, file_name: str | None) -> list[Path]:
     names = _FILES if file_name is None else (file_name,)
     for path in (folder / name for name in names):
         if path.exists():
-            if path.suffix != ".json":
-                return [path]
-            shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
-            return [folder / shard for shard in sorted(set(shards))]
+            return read_index(path) if path.suffix == ".json" else [path]
     return []
 
 

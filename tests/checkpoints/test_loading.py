@@ -114,3 +114,11 @@ def test_what_is_not_here_is_not_judged(
         assert not check_checkpoint(name.format(folder=tmp_path))
 
     assert "was not checked for missing weights" in caplog.text
+
+
+def test_an_index_that_is_none_is_refused_by_name(tmp_path: Path) -> None:
+    path = save(tmp_path, lambda weights: None)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": 3}')
+    with pytest.raises(AdapterError, match=r"model\.safetensors\.index\.json is no index of a checkpoint, copy it"):
+        check_checkpoint(path)
