@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from eagle_target.compute.layout import TrainerRows
+    from eagle_target.contract.model_info import ModelInfo
     from eagle_target.contract.request import Encoding, RowPolicy, SupervisionRequest
     from eagle_target.contract.runner import DraftHead
     from eagle_target.contract.target import TargetInfo
     from eagle_target.errors import EagleTargetError
-    from eagle_target.model_info import ModelInfo
 
 ARGUMENTS = ("input_ids", "attention_mask", "loss_mask", "position_ids", "seq_lens", "doc_remaining")
 REQUIRED = ARGUMENTS[:3]

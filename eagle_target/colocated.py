@@ -9,10 +9,10 @@ import torch
 
 from eagle_target.backend import BatchForm, RequestingBackend
 from eagle_target.compute.supervise import compute_supervision
+from eagle_target.contract.model_info import describe_target
 from eagle_target.contract.target import ServedTarget, validate_aux_layer_ids
 from eagle_target.devices import resolve_device
 from eagle_target.errors import AdapterError
-from eagle_target.model_info import describe_target
 from eagle_target.plugins.options import build_model
 
 if TYPE_CHECKING:
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
     from eagle_target.compute.layout import TrainerRows
     from eagle_target.contract.batch import Eagle3TargetBatch
+    from eagle_target.contract.model_info import ModelInfo
     from eagle_target.contract.request import Encoding, RowPolicy, SupervisionRequest
     from eagle_target.contract.runner import DraftHead, TargetRunner
     from eagle_target.contract.vocab_mapping import VocabMapping
-    from eagle_target.model_info import ModelInfo
     from eagle_target.plugins.adapter import Adapter
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from eagle_target import Eagle3TargetBatch
-    from eagle_target.model_info import ModelInfo, TrafficTotals
+    from eagle_target.contract.model_info import ModelInfo, TrafficTotals
 
 PREFETCH_DEPTH = 2
 HELD_OUT_BATCHES = 4

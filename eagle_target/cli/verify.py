@@ -15,8 +15,8 @@ from eagle_target.errors import ConfigError
 if TYPE_CHECKING:
     from eagle_target.auth import AccessFiles
     from eagle_target.backend import Eagle3TargetBackend
+    from eagle_target.contract.model_info import ModelInfo
     from eagle_target.contract.vocab_mapping import VocabMapping
-    from eagle_target.model_info import ModelInfo
 
 TOLERANCES = {
     "hidden": "Relative Frobenius norm a layer's hidden states may differ by",

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from eagle_target.client.session import ServerSession
-    from eagle_target.model_info import ServerState
+    from eagle_target.contract.model_info import ServerState
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
     from eagle_target.client.remote import RemoteEagle3TargetModel
-    from eagle_target.model_info import ServerState, TrafficTotals
+    from eagle_target.contract.model_info import ServerState, TrafficTotals
 
 PREFIX = "eagle_target_client"
 

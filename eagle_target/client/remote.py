@@ -18,12 +18,12 @@ from eagle_target.client.session import ServerSession
 from eagle_target.client.timings import Traffic
 from eagle_target.compute.assembly import StagedSink
 from eagle_target.config import ClientConfig
+from eagle_target.contract.model_info import describe_target
 from eagle_target.contract.request import bytes_per_token
 from eagle_target.contract.vocab_mapping import VocabMapping
 from eagle_target.devices import resolve_device
 from eagle_target.errors import ConfigError, ConnectError
 from eagle_target.memory import BufferPool, PinnedPool
-from eagle_target.model_info import describe_target
 from eagle_target.plugins.options import build_model
 from eagle_target.plugins.registry import load_plugins
 
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from eagle_target.client.timings import Received
     from eagle_target.compute.layout import TrainerRows
     from eagle_target.contract.batch import Eagle3TargetBatch
+    from eagle_target.contract.model_info import ModelInfo
     from eagle_target.contract.request import SupervisionRequest
     from eagle_target.contract.runner import DraftHead
-    from eagle_target.model_info import ModelInfo
 
 WORKERS_PER_SERVER = 4
 # Longer than most steps take, for pinned memory that the next batch needs again is worth keeping.

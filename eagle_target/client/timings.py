@@ -11,7 +11,7 @@ from eagle_target.protocol import messages
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from eagle_target.model_info import TrafficTotals
+    from eagle_target.contract.model_info import TrafficTotals
 
 # The server's stages, then the client's.
 STAGES = ("queue", "forward", "projection", "transfer", "assembly")

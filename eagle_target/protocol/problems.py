@@ -83,6 +83,7 @@ class ProblemType(StrEnum):
     # The states of a server that is not ready.
     LOADING = "loading", 503, Unavailable
     DEGRADED = "degraded", 503, Unavailable
+    STUCK = "stuck", 503, Unavailable
     DRAINING = "draining", 503, Unavailable
     FAILED = "failed", 503, Unavailable
     CLOSED = "closed", 503, Unavailable

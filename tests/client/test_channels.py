@@ -27,9 +27,9 @@ from tests.server.http import ask
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    from eagle_target.contract.model_info import ServerState
     from eagle_target.contract.sinks import Sink
     from eagle_target.errors import TransportError
-    from eagle_target.model_info import ServerState
     from eagle_target.plugins.options import PluginOptions
     from eagle_target.plugins.transport import ControlPlane, IncomingBody
     from eagle_target.server.run import HttpServer

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 from eagle_target import RemoteEagle3TargetModel, RunnerEagle3TargetModel
+from eagle_target.contract.model_info import ModelInfo, ServerState, TrafficTotals
 from eagle_target.contract.target import TargetInfo
-from eagle_target.model_info import ModelInfo, ServerState, TrafficTotals
 from eagle_target.testing.server import loopback_server
 from eagle_target.testing.tiny import EmbeddingRunner
 

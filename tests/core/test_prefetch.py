@@ -17,8 +17,8 @@ from eagle_target.testing.tiny import EmbeddingRunner, shuffled_mapping
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from eagle_target.contract.model_info import ModelInfo
     from eagle_target.contract.vocab_mapping import VocabMapping
-    from eagle_target.model_info import ModelInfo
 
 Item = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 

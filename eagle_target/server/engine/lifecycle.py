@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from eagle_target.errors import AdapterError, EagleTargetError, EngineDead, EngineStuck, ServerError, Unavailable
+from eagle_target.errors import AdapterError, EagleTargetError, EngineDead, EngineStuck, ServerError
+from eagle_target.protocol.problems import ProblemType
 from eagle_target.server.engine.job import RETRY_SECONDS, Call
 
 if TYPE_CHECKING:
@@ -106,10 +107,10 @@ class Lifecycle:
         """Whether the server is to serve, now or once it has loaded."""
         return self.name in (*SERVING_STATES, "loading") and self.ended_by is None
 
-    def unavailable(self) -> Unavailable:
+    def unavailable(self) -> EagleTargetError:
         """What a request gets that is not taken."""
         reason = f"the server is {self.name}" + (f": {self.failure}" if self.failure else "")
-        return Unavailable(reason, status=503, problem=self.name, retry_after=RETRY_SECONDS)
+        return ProblemType.named(self.name).error(reason, retry_after=RETRY_SECONDS)
 
     def loaded(self, served: ServedTarget) -> None:
         """The target is there.
@@ -191,7 +192,7 @@ class Lifecycle:
         """Take nothing, for good, and refuse what waits."""
         with self._changing:
             self.name = "closed"
-        self._scheduler.close(Unavailable("the server is closed", status=503, problem="closed"))
+        self._scheduler.close(ProblemType.CLOSED.error("the server is closed"))
 
     def _end(self, name: State, failure: str, kind: type[AdapterError]) -> None:
         """The server does not go on; the first kind of failure stands."""

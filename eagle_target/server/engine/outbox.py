@@ -6,7 +6,7 @@ import threading
 from collections import Counter, deque
 from dataclasses import dataclass
 
-from eagle_target.errors import RequestTooLarge
+from eagle_target.protocol.problems import ProblemType
 
 
 @dataclass(slots=True, eq=False)
@@ -60,11 +60,9 @@ class Outbox:
         limits = {"max_client_outbox_bytes": self._max_client_bytes, "max_outbox_bytes": self._max_bytes}
         option, limit = min(limits.items(), key=lambda item: item[1])
         if nbytes > limit:
-            raise RequestTooLarge(
+            raise ProblemType.ANSWER_TOO_LARGE.error(
                 f"the answer takes {nbytes} bytes, this server keeps {limit} for a client: send fewer rows a batch, "
-                f"ask for a smaller encoding, or raise {option}",
-                status=413,
-                problem="answer-too-large",
+                f"ask for a smaller encoding, or raise {option}"
             )
 
     def claim(self, client: str, nbytes: int) -> Claim | None:

@@ -16,8 +16,9 @@ import torch
 
 from eagle_target.compute.supervise import check_forward, split_forward, store_supervision
 from eagle_target.devices import is_numbered, use_device
-from eagle_target.errors import AdapterError, ContractError, EngineDead, Unavailable
+from eagle_target.errors import AdapterError, ContractError, EagleTargetError, EngineDead, Unavailable
 from eagle_target.memory import trim_heap
+from eagle_target.protocol.problems import ProblemType
 from eagle_target.server.engine.answer import Answer, DeferredSink, HostMemory
 from eagle_target.server.log import about, hide_ids, hide_in_error
 
@@ -371,9 +372,9 @@ class DeviceOrder:
             done.synchronize()
 
 
-def engine_stopped() -> Unavailable:
+def engine_stopped() -> EagleTargetError:
     """What a request gets whose thread ended under it."""
-    return Unavailable("the engine stopped on this request", status=503, problem="failed")
+    return ProblemType.FAILED.error("the engine stopped on this request")
 
 
 def engine_error(error: Exception) -> AdapterError:

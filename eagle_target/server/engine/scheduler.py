@@ -6,13 +6,13 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from eagle_target.errors import Overloaded
+from eagle_target.protocol.problems import ProblemType
 from eagle_target.server.engine.job import RETRY_SECONDS, Call, Job, Part
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from eagle_target.errors import Unavailable
+    from eagle_target.errors import EagleTargetError
     from eagle_target.server.engine.outbox import Outbox
 
 # How often a taker that waits for room in the outbox looks again by itself.
@@ -51,7 +51,7 @@ class Scheduler:
         self._was_call = False
         # One lock for both, so that a taker waits for work and for room at the same time.
         self._changed = outbox.changed
-        self._closed: Unavailable | None = None
+        self._closed: EagleTargetError | None = None
         self._is_over = False
 
     def __len__(self) -> int:
@@ -126,7 +126,7 @@ class Scheduler:
         if is_released:
             job.release()
 
-    def close(self, reason: Unavailable) -> None:
+    def close(self, reason: EagleTargetError) -> None:
         """Refuse what waits and what comes. Safe to call twice; the first reason stands."""
         with self._changed:
             if self._is_over:
@@ -135,7 +135,7 @@ class Scheduler:
             refused = self._refuse(reason)
         self._fail(refused, reason)
 
-    def pause(self, reason: Unavailable) -> None:
+    def pause(self, reason: EagleTargetError) -> None:
         """Refuse what waits, and what comes until it is resumed; nothing is handed out meanwhile."""
         with self._changed:
             if self._is_over:
@@ -149,7 +149,7 @@ class Scheduler:
             if not self._is_over:
                 self._closed = None
 
-    def abandon(self, reason: Unavailable) -> None:
+    def abandon(self, reason: EagleTargetError) -> None:
         """Close, and answer what is out, too: nobody waits for what does not come back."""
         self.close(reason)
         with self._changed:
@@ -157,7 +157,7 @@ class Scheduler:
         for job in out:
             job.fail(reason)
 
-    def _refuse(self, reason: Unavailable) -> list[Job | Call]:
+    def _refuse(self, reason: EagleTargetError) -> list[Job | Call]:
         self._closed = reason
         refused: list[Job | Call] = [*self._calls, *(part.job for part in self._again)]
         refused += [job for line in self._lines.values() for job in line.jobs]
@@ -167,7 +167,7 @@ class Scheduler:
         self._changed.notify_all()
         return refused
 
-    def _fail(self, refused: list[Job | Call], reason: Unavailable) -> None:
+    def _fail(self, refused: list[Job | Call], reason: EagleTargetError) -> None:
         for work in refused:
             work.fail(reason)
         with self._changed:
@@ -258,10 +258,8 @@ class Scheduler:
             raise self._overloaded()
         return line.jobs.pop()
 
-    def _overloaded(self) -> Overloaded:
-        return Overloaded(
+    def _overloaded(self) -> EagleTargetError:
+        return ProblemType.QUEUE_FULL.error(
             f"{len(self)} requests wait, the queue holds {self._max_waiting}: try again, or another server",
-            status=503,
-            problem="queue-full",
             retry_after=RETRY_SECONDS,
         )
