@@ -35,6 +35,7 @@ def test_a_forward_that_does_not_return_is_told_to_everybody(caplog: pytest.LogC
                 assert_problem(ask(server.url, method, path, content), 503, "stuck", STUCK, retry_after="1")
             metrics = ask(server.url, "GET", messages.METRICS).body.decode()
             assert "eagle_target_stuck_forwards_total 1.0" in metrics
+            assert 'eagle_target_state{state="stuck"} 1.0' in metrics
             assert ask(server.url, "GET", messages.HEALTH).status == 200
             assert server.engine.ended_by is EngineStuck
         finally:

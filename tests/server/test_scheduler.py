@@ -186,6 +186,49 @@ def test_closing_refuses_what_waits_and_what_comes_back() -> None:
     assert queue.take(lambda: LIMIT) is None
 
 
+def test_what_a_request_holds_comes_back_when_none_of_its_parts_is_out() -> None:
+    outbox = Outbox(1000, 1000)
+    queue = queue_of(outbox=outbox)
+    job = job_of([60, 60, 60], answer_bytes=70)
+    queue.put(job)
+    parts = [part for _ in range(2) for part in take(queue)]
+    job.fail(RuntimeError("its first part"))
+    queue.finish(parts[0])
+    assert outbox.held_bytes == 70
+    queue.finish(parts[1])
+    assert outbox.held_bytes == 0
+    # What was not taken is forgotten.
+    queue.put(job_of([10], "other"))
+    assert [part.job.client for part in take(queue)] == ["other"]
+
+
+def test_what_is_given_up_between_its_parts_comes_back_at_the_next_look() -> None:
+    outbox = Outbox(1000, 1000)
+    queue = queue_of(outbox=outbox)
+    job = job_of([60, 60], answer_bytes=70)
+    queue.put(job)
+    (part,) = take(queue)
+    queue.finish(part)
+    assert outbox.held_bytes == 70
+    job.future.cancel()
+    queue.put(job_of([10], "other"))
+    take(queue)
+    assert outbox.held_bytes == 0
+
+
+def test_abandoning_answers_what_is_out_as_well() -> None:
+    queue = queue_of()
+    out, waiting = job_of([60], "a"), job_of([60], "a")
+    for job in (out, waiting):
+        queue.put(job)
+    (part,) = take(queue)
+    queue.abandon(Unavailable("stuck"))
+    for job in (out, waiting):
+        assert isinstance(job.future.exception(0), Unavailable)
+    queue.finish(part)
+    assert queue.take(lambda: LIMIT) is None
+
+
 @pytest.mark.parametrize(
     ("seq_lens", "expected"),
     [

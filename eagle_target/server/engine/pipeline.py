@@ -84,7 +84,10 @@ class Pipeline:
         return self._max_batch_tokens if capacity is None else min(self._max_batch_tokens, capacity)
 
     def forward(self, taken: Sequence[Part]) -> list[ForwardedPart]:
-        """Run parts together. Where that fails they go back, each to be run by itself, and nothing is left."""
+        """Run parts together; returns those to be handed over, failures included.
+
+        Where several fail together they go back to the scheduler, each to be run by itself.
+        """
         parts = []
         for part in taken:
             if part.job.is_over:
