@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import trustme
 
 from eagle_target.client import balancer
 from eagle_target.client.remote import RemoteEagle3TargetModel
@@ -582,6 +583,25 @@ def test_closing_ends_what_is_under_way(transport: str) -> None:
             )
         )
     )
+
+
+def test_closing_ends_what_is_under_way_over_tls(tmp_path: Path) -> None:
+    authority, own = trustme.CA(), tmp_path / "server.pem"
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(own))
+    runner = TestRunner()
+    with (
+        loopback_server(lambda: runner, tls_cert=own, tls_key=own) as slow,
+        remote(slow.url, ca_file=tmp_path / "ca.pem") as target,
+    ):
+        runner.gate.clear()
+        blocked = target.generate_batch_async(**rows_of())
+        wait_until(lambda: runner.entered)
+        target.close()
+        with pytest.raises(ConnectError, match="was closed by this client"):
+            blocked.result(SOON_SECONDS)
+        runner.gate.set()
+        wait_until(lambda: not slow.engine.waiting)
 
 
 def test_a_closed_client_says_so(server: HttpServer) -> None:
