@@ -37,20 +37,28 @@ def project_ours(
     last: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, loss_mask: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """The project's path: what a server runs, then the position mask, as its client makes it."""
+    from eagle_target.bench.sizes import Shape
     from eagle_target.compute.projection import project_full
+    from eagle_target.contract.request import SupervisionRequest, answer_spec
     from eagle_target.contract.sinks import PackedTensors
     from eagle_target.contract.vocab_mapping import VocabMapping
 
     mapping = VocabMapping.from_ids(ids, len(weight))
     outputs = PackedTensors()
+    rows = len(last) - 1
+    request = SupervisionRequest(
+        input_ids=torch.zeros(rows, dtype=torch.int64),
+        seq_lens=(rows,),
+        row_mask=torch.ones(rows, dtype=torch.bool),
+        mapping=mapping,
+    )
     # Row 0 predicts nothing that is shifted into the sequence: it is not asked for.
     project_full(
         last[1:],
         lambda rows: functional.linear(rows, weight),
         vocab_size=len(weight),
-        encoding="probs",
+        spec=answer_spec(request, Shape("projection", last.shape[1], len(weight), 1).info),
         mapping=mapping,
-        probs_dtype=torch.float32,
         sink=outputs,
     )
     in_draft = mapping.selected_token_mask[outputs["target_top_ids"].long()]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from eagle_target.compute.projection import RowFacts, project_draft
 from eagle_target.contract.batch import Eagle3TargetBatch
+from eagle_target.contract.request import answer_spec
 from eagle_target.contract.sinks import RowStore, scattered_store
 from eagle_target.errors import ContractError, ProtocolError
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from eagle_target.compute.layout import TrainerRows
-    from eagle_target.contract.request import SupervisionRequest
+    from eagle_target.contract.request import SupervisionRequest, TensorSpec
     from eagle_target.contract.runner import DraftHead
     from eagle_target.contract.sinks import Allocate
     from eagle_target.contract.target import TargetInfo
@@ -49,7 +51,8 @@ class BatchAssembler:
         self._allocate = allocate
         self._stores: dict[str, RowStore] = {}
         self._row_positions = rows.layout.token_positions[request.row_mask] - 1
-        self._expected = _expected_tensors(request, info)
+        self._info = info
+        self._spec = answer_spec(request, info)
 
     def allocate(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> RowStore:
         """Return the store that scatters `[rows, ...]` into the batch.
@@ -57,18 +60,16 @@ class BatchAssembler:
         Raises:
             ProtocolError: a tensor nobody asked for, twice the same, or one of another shape or dtype than asked for.
         """
-        positions = self._rows.layout.token_positions if name == "aux_hidden_states" else self._row_positions
-        expected = self._expected.get(name)
+        expected = self._spec.get(name)
         given = f"supervision has {name} {list(shape)} of {dtype}"
         if expected is None or name in self._stores:
-            raise ProtocolError(f"{given} once too often: asked for were {sorted(self._expected)}")
-        width, dtypes = expected
-        if tuple(shape) != (len(positions), *width) or dtype not in dtypes:
-            raise ProtocolError(f"{given}, not {[len(positions), *width]} of {' or '.join(map(str, dtypes))}")
+            raise ProtocolError(f"{given} once too often: asked for were {sorted(self._spec)}")
+        if not expected.fits(shape, dtype):
+            raise ProtocolError(f"{given}, not {expected}")
         if name == "last_hidden_states":
             self._stores[name] = RowStore(self._allocate(tuple(shape), dtype))
         else:
-            self._scatter(name, shape, dtype, positions)
+            self._scatter(name, expected, dtype)
         return self._stores[name]
 
     def put(self, name: str, rows: torch.Tensor) -> None:
@@ -105,20 +106,22 @@ class BatchAssembler:
         if "last_hidden_states" not in self._stores or self._draft_head is None:
             raise ProtocolError("supervision in encoding 'hidden' came without last_hidden_states or a draft head")
         hidden = self._stores["last_hidden_states"].out
-        shape = (len(hidden), len(self._draft_head.weight))
-        store = self._scatter("target_probs", shape, self._request.probs_dtype, self._row_positions)
+        # The trainer makes here what the server would have sent in encoding `probs`.
+        spec = answer_spec(replace(self._request, encoding="probs"), self._info)
+        store = self._scatter("target_probs", spec["target_probs"])
         facts: RowFacts | None = None
         if self._request.mapping is not None and not self._request.has_row_facts:
             facts = RowFacts(
-                self._scatter("target_top_ids", (len(hidden),), torch.int32, self._row_positions),
-                self._scatter("target_logsumexp", (len(hidden),), torch.float32, self._row_positions),
+                self._scatter("target_top_ids", spec["target_top_ids"]),
+                self._scatter("target_logsumexp", spec["target_logsumexp"]),
                 self._request.mapping.to(hidden.device).selected_token_ids,
             )
         project_draft(hidden, self._draft_head, store, facts)
 
-    def _scatter(self, name: str, shape: Sequence[int], dtype: torch.dtype, positions: torch.Tensor) -> RowStore:
+    def _scatter(self, name: str, spec: TensorSpec, dtype: torch.dtype | None = None) -> RowStore:
+        positions = self._rows.layout.token_positions if spec.axis == "tokens" else self._row_positions
         slots = self._rows.layout.batch * self._rows.layout.seq
-        self._stores[name] = scattered_store(slots, shape, dtype, positions, self._allocate)
+        self._stores[name] = scattered_store(slots, spec.shape, dtype or spec.dtype, positions, self._allocate)
         return self._stores[name]
 
     def _take(self, name: str) -> torch.Tensor:
@@ -141,25 +144,6 @@ class BatchAssembler:
 
     def _on_device(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
         return None if tensor is None else tensor.to(self._device)
-
-
-def _expected_tensors(
-    request: SupervisionRequest, info: TargetInfo
-) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
-    """Width and possible dtypes of each tensor that answers a request."""
-    model = (getattr(torch, info.dtype),)
-    expected: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
-        "aux_hidden_states": ((3 * info.hidden_size,), model),
-    }
-    if request.has_row_facts:
-        expected |= {"target_top_ids": ((), (torch.int32,)), "target_logsumexp": ((), (torch.float32,))}
-    if request.encoding == "hidden":
-        expected["last_hidden_states"] = ((info.hidden_size,), model)
-    elif request.encoding == "logits":
-        expected["logits"] = ((info.vocab_size,), (torch.float32, torch.bfloat16, torch.float16, torch.float64))
-    elif request.mapping is not None:
-        expected["target_probs"] = ((request.mapping.draft_vocab_size,), (request.probs_dtype,))
-    return expected
 
 
 class StagedSink:

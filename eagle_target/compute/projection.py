@@ -13,9 +13,9 @@ import torch
 from eagle_target.errors import ContractError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
-    from eagle_target.contract.request import Encoding
+    from eagle_target.contract.request import TensorSpec
     from eagle_target.contract.runner import DraftHead
     from eagle_target.contract.sinks import RowStore, Sink
     from eagle_target.contract.vocab_mapping import VocabMapping
@@ -37,35 +37,31 @@ def project_full(
     compute_logits: ComputeLogits,
     *,
     vocab_size: int,
-    encoding: Encoding,
+    spec: Mapping[str, TensorSpec],
     mapping: VocabMapping | None,
-    probs_dtype: torch.dtype,
     sink: Sink,
 ) -> None:
-    """Project `[rows, hidden]` through the full head and store what the encoding needs.
+    """Project `[rows, hidden]` through the full head and store what a request's `answer_spec` has of it.
 
-    Stores `target_top_ids` int32 `[rows]`, `target_logsumexp` float32 `[rows]` and, for encoding `probs`,
-    `target_probs` `[rows, draft_vocab]`, or for `logits`, `logits` `[rows, vocab]`. The softmax and the
-    logsumexp are taken in float32 whatever the head's dtype.
+    These are `target_top_ids` and `target_logsumexp`, and `target_probs` or `logits`. The softmax and the logsumexp
+    are taken in float32 whatever the head's dtype.
 
     Raises:
-        ContractError: the head returned another shape than `[tile, vocab_size]`.
+        ContractError: the head returned another shape than `[tile, vocab_size]`, or logits of a dtype that is too wide.
     """
     rows = len(last_hidden_states)
-    top_ids = sink.allocate("target_top_ids", (rows,), torch.int32)
-    logsumexp = sink.allocate("target_logsumexp", (rows,), torch.float32)
-    probs: RowStore | None = None
+    top_ids, logsumexp = (_allocate(sink, name, spec) for name in ("target_top_ids", "target_logsumexp"))
+    probs = _allocate(sink, "target_probs", spec) if "target_probs" in spec else None
+    logits_spec = spec.get("logits")
     logits_store: RowStore | None = None
-    if encoding == "probs" and mapping is not None:
-        probs = sink.allocate("target_probs", (rows, mapping.draft_vocab_size), probs_dtype)
     tile = tile_rows(vocab_size, last_hidden_states.device)
     scratch = _Scratch(min(tile, rows))
-    starts = range(0, rows, tile) if rows or encoding != "logits" else (0,)
+    starts = range(0, rows, tile) if rows or logits_spec is None else (0,)
     for start in starts:
         logits = compute_logits(last_hidden_states[start : start + tile])
-        _check_logits(logits, vocab_size)
-        if encoding == "logits":
-            logits_store = logits_store or sink.allocate("logits", (rows, vocab_size), logits.dtype)
+        _check_logits(logits, vocab_size, logits_spec)
+        if logits_spec is not None:
+            logits_store = logits_store or sink.allocate("logits", logits_spec.shape, logits.dtype)
             logits_store.write(start, logits)
         if not len(logits):
             continue
@@ -132,11 +128,19 @@ def tile_rows(vocab_size: int, device: torch.device) -> int:
     return max(1, CPU_HEAP_BYTES // row_bytes, min(CPU_TILE_ROWS, CPU_TILE_BYTES // row_bytes))
 
 
-def _check_logits(logits: torch.Tensor, vocab_size: int) -> None:
+def _allocate(sink: Sink, name: str, spec: Mapping[str, TensorSpec]) -> RowStore:
+    return sink.allocate(name, spec[name].shape, spec[name].dtype)
+
+
+def _check_logits(logits: torch.Tensor, vocab_size: int, spec: TensorSpec | None) -> None:
     if logits.dim() != 2 or logits.shape[1] != vocab_size:
         raise ContractError(
             f"compute_logits gave {list(logits.shape)}, expected [rows, {vocab_size}]: "
             "the adapter must cut padded rows of its head"
+        )
+    if spec is not None and not spec.fits_dtype(logits.dtype):
+        raise ContractError(
+            f"compute_logits gave {logits.dtype}, an answer has room for {spec.dtype}: the adapter must convert them"
         )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from eagle_target.compute.projection import project_full
+from eagle_target.contract.request import answer_spec, forward_spec
 from eagle_target.errors import ContractError
 
 if TYPE_CHECKING:
@@ -24,12 +25,7 @@ if TYPE_CHECKING:
 
 
 def compute_supervision(runner: TargetRunner, request: SupervisionRequest, sink: Sink) -> None:
-    """Run the target on one request and put the supervision into a sink.
-
-    Gives `aux_hidden_states` `[tokens, 3*hidden]`, the distribution in the request's encoding, `target_probs`,
-    `last_hidden_states` or `logits`, `[rows, ...]`, and where the request has row facts `target_top_ids` and
-    `target_logsumexp` `[rows]`.
-    """
+    """Run the target on one request and put the supervision, the tensors of its `answer_spec`, into a sink."""
     device = torch.device(runner.info.device)
     # A trainer's autocast must not reach the target: the supervision would differ from a server's.
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
@@ -43,13 +39,14 @@ def compute_supervision(runner: TargetRunner, request: SupervisionRequest, sink:
 
 def store_supervision(runner: TargetRunner, request: SupervisionRequest, forward: TargetForward, sink: Sink) -> None:
     """Project one request's part of a forward and put the supervision into a sink."""
+    spec = answer_spec(request, runner.info)
     sink.put("aux_hidden_states", forward.aux_hidden_states)
     rows = request.row_mask.to(forward.last_hidden_states.device).nonzero()[:, 0]
     hidden = forward.last_hidden_states.index_select(0, rows)
-    if request.encoding == "hidden":
+    if "last_hidden_states" in spec:
         sink.put("last_hidden_states", hidden)
-        if not request.has_row_facts:
-            return
+    if not request.has_row_facts:
+        return
     compute_logits: ComputeLogits = runner.compute_logits
     if forward.logits is not None:
         # The tiles are then tiles of row numbers: the target's own logits are looked up, not computed.
@@ -58,9 +55,8 @@ def store_supervision(runner: TargetRunner, request: SupervisionRequest, forward
         hidden,
         compute_logits,
         vocab_size=runner.info.vocab_size,
-        encoding=request.encoding,
+        spec=spec,
         mapping=None if request.mapping is None else request.mapping.to(hidden.device),
-        probs_dtype=request.probs_dtype,
         sink=sink,
     )
 
@@ -85,12 +81,10 @@ def check_forward(forward: TargetForward, tokens: int, info: TargetInfo) -> None
     Raises:
         ContractError: names the tensor, its shape and the expected one.
     """
-    expected = {
-        "aux_hidden_states": (forward.aux_hidden_states, (tokens, 3 * info.hidden_size)),
-        "last_hidden_states": (forward.last_hidden_states, (tokens, info.hidden_size)),
-        "logits": (forward.logits, (tokens, info.vocab_size)),
-    }
-    for name, (tensor, shape) in expected.items():
+    expected = {name: spec.shape for name, spec in forward_spec(tokens, info).items()}
+    expected["logits"] = (tokens, info.vocab_size)
+    for name, shape in expected.items():
+        tensor: torch.Tensor | None = getattr(forward, name)
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ContractError(
                 f"engine {info.engine} {info.engine_version} gave {name} {list(tensor.shape)}, expected {list(shape)}"

@@ -1,10 +1,11 @@
-"""What is asked of a target, and how many bytes the answer takes: pure functions of the request and the target.
+"""What is asked of a target, and which tensors answer it: pure functions of the request and the target.
 
 tokens = sum(seq_lens); rows = the rows of the distribution that were asked for.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -13,7 +14,7 @@ import torch
 from eagle_target.errors import ContractError, VocabMappingError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from eagle_target.contract.target import TargetInfo
     from eagle_target.contract.vocab_mapping import VocabMapping
@@ -47,11 +48,10 @@ class SupervisionRequest:
 
     @property
     def has_row_facts(self) -> bool:
-        """Whether `target_top_ids` and `target_logsumexp` are in the answer.
-
-        Not where the trainer projects the whole vocabulary by itself: it has both, and the target projects nothing.
-        """
-        return self.encoding != "hidden" or self.mapping is None or not self.mapping.is_whole
+        """Whether `target_top_ids` and `target_logsumexp` are in the answer."""
+        return self.mapping is None or _has_row_facts(
+            self.encoding, self.mapping.draft_vocab_size, self.mapping.vocab_size
+        )
 
     def check(self, info: TargetInfo) -> None:
         """Refuse what the target cannot do.
@@ -111,37 +111,83 @@ def _check_packed(name: str, tensor: torch.Tensor, dtype: torch.dtype, tokens: i
         )
 
 
-# int32 of the argmax and float32 of the logsumexp.
-ROW_FACTS_BYTES = 8
+Axis = Literal["tokens", "rows"]
+LOGITS_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorSpec:
+    """One tensor of an answer.
+
+    axis: what the first dimension counts. shape: `[tokens, ...]` or `[rows, ...]`.
+    dtype: that of the elements; where `is_widest`, the widest that they may have.
+    """
+
+    axis: Axis
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    is_widest: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor; where `is_widest`, the most that it takes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def fits(self, shape: Sequence[int], dtype: torch.dtype) -> bool:
+        """Whether a tensor of this shape and dtype is the one that is meant."""
+        return tuple(shape) == self.shape and self.fits_dtype(dtype)
+
+    def fits_dtype(self, dtype: torch.dtype) -> bool:
+        """Whether elements of this dtype are those that are meant."""
+        if self.is_widest:
+            return dtype in LOGITS_DTYPES and dtype.itemsize <= self.dtype.itemsize
+        return dtype == self.dtype
+
+    def __str__(self) -> str:
+        return f"{list(self.shape)} of {self.dtype}{' or narrower' if self.is_widest else ''}"
+
+
+def answer_spec(
+    request: SupervisionRequest, info: TargetInfo, *, logits_dtype: torch.dtype | None = None
+) -> dict[str, TensorSpec]:
+    """The tensors that answer a request, by name. All that counts, allocates, checks or places them goes by it.
+
+    logits_dtype: the head's own, for an engine that takes memory before it runs the head. The target's facts do not
+        tell it; without it `logits` are float32, or the target's dtype where that is wider, or narrower.
+    """
+    return _tensors_of(
+        info,
+        request.encoding,
+        tokens=request.tokens,
+        rows=int(request.row_mask.count_nonzero()),
+        draft_vocab_size=None if request.mapping is None else request.mapping.draft_vocab_size,
+        probs_dtype=request.probs_dtype,
+        logits_dtype=logits_dtype,
+    )
+
+
+def forward_spec(tokens: int, info: TargetInfo) -> dict[str, TensorSpec]:
+    """The hidden states that one forward gives, by their names in `TargetForward`."""
+    # A trainer that has the whole vocabulary is sent nothing but hidden states.
+    return _tensors_of(info, "hidden", tokens=tokens, rows=tokens, draft_vocab_size=info.vocab_size)
 
 
 def answer_bytes(request: SupervisionRequest, info: TargetInfo) -> int:
-    """Bytes of a request's tensors; with encoding `logits` at most that many, see `row_bytes`."""
-    draft_vocab_size = 0 if request.mapping is None else request.mapping.draft_vocab_size
-    rows = int(request.row_mask.count_nonzero())
-    a_row = row_bytes(info, request.encoding, draft_vocab_size=draft_vocab_size, probs_dtype=request.probs_dtype)
-    return request.tokens * aux_bytes(info) + rows * a_row
+    """Bytes of a request's tensors; with encoding `logits` the most that they take."""
+    return sum(spec.nbytes for spec in answer_spec(request, info).values())
 
 
 def aux_bytes(info: TargetInfo) -> int:
     """Bytes a token of `aux_hidden_states`."""
-    return 3 * info.hidden_size * _itemsize(info)
+    return _bytes_along("tokens", _tensors_of(info, "probs", tokens=1, rows=1))
 
 
 def row_bytes(
     info: TargetInfo, encoding: Encoding, *, draft_vocab_size: int, probs_dtype: torch.dtype = torch.float32
 ) -> int:
-    """Bytes of one row of the distribution in an encoding, argmax and logsumexp included where they are sent.
-
-    Logits are counted as float32, which no head of half precision exceeds.
-    """
-    if encoding == "probs":
-        return ROW_FACTS_BYTES + draft_vocab_size * probs_dtype.itemsize
-    if encoding == "hidden":
-        # Who projects the whole vocabulary takes both facts from that.
-        facts = 0 if draft_vocab_size == info.vocab_size else ROW_FACTS_BYTES
-        return facts + info.hidden_size * _itemsize(info)
-    return ROW_FACTS_BYTES + info.vocab_size * max(torch.float32.itemsize, _itemsize(info))
+    """Bytes of one row of the distribution in an encoding, argmax and logsumexp included where they are sent."""
+    spec = _tensors_of(info, encoding, tokens=1, rows=1, draft_vocab_size=draft_vocab_size, probs_dtype=probs_dtype)
+    return _bytes_along("rows", spec)
 
 
 def bytes_per_token(info: TargetInfo, encodings: Iterable[str], draft_vocab_size: int | None) -> dict[str, int]:
@@ -153,6 +199,43 @@ def bytes_per_token(info: TargetInfo, encodings: Iterable[str], draft_vocab_size
     return sizes
 
 
-def _itemsize(info: TargetInfo) -> int:
-    dtype: torch.dtype = getattr(torch, info.dtype)
-    return dtype.itemsize
+def _tensors_of(
+    info: TargetInfo,
+    encoding: Encoding,
+    *,
+    tokens: int,
+    rows: int,
+    draft_vocab_size: int | None = None,
+    probs_dtype: torch.dtype = torch.float32,
+    logits_dtype: torch.dtype | None = None,
+) -> dict[str, TensorSpec]:
+    """The tensors of an answer: the one place where their shapes and dtypes stand."""
+    model: torch.dtype = getattr(torch, info.dtype)
+
+    def of_rows(*width: int, dtype: torch.dtype, is_widest: bool = False) -> TensorSpec:
+        return TensorSpec(axis="rows", shape=(rows, *width), dtype=dtype, is_widest=is_widest)
+
+    spec = {"aux_hidden_states": TensorSpec(axis="tokens", shape=(tokens, 3 * info.hidden_size), dtype=model)}
+    if _has_row_facts(encoding, draft_vocab_size, info.vocab_size):
+        spec["target_top_ids"] = of_rows(dtype=torch.int32)
+        spec["target_logsumexp"] = of_rows(dtype=torch.float32)
+    if encoding == "hidden":
+        spec["last_hidden_states"] = of_rows(info.hidden_size, dtype=model)
+    elif encoding == "logits":
+        widest = max(torch.float32, model, key=lambda dtype: dtype.itemsize)
+        spec["logits"] = of_rows(info.vocab_size, dtype=logits_dtype or widest, is_widest=logits_dtype is None)
+    elif draft_vocab_size is not None:
+        spec["target_probs"] = of_rows(draft_vocab_size, dtype=probs_dtype)
+    return spec
+
+
+def _has_row_facts(encoding: Encoding, draft_vocab_size: int | None, vocab_size: int) -> bool:
+    """Whether the argmax and the logsumexp are sent.
+
+    Not where the trainer projects the whole vocabulary by itself: it has both, and the target projects nothing.
+    """
+    return encoding != "hidden" or draft_vocab_size != vocab_size
+
+
+def _bytes_along(axis: Axis, spec: dict[str, TensorSpec]) -> int:
+    return sum(each.nbytes for each in spec.values() if each.axis == axis)

@@ -41,7 +41,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
-class TensorSpec:
+class BodyTensor:
     """One tensor of a body; start and end are bytes from the end of the header."""
 
     name: str
@@ -55,7 +55,7 @@ class TensorSpec:
 class Header:
     """What a body holds, in the order of its bytes."""
 
-    specs: tuple[TensorSpec, ...]
+    specs: tuple[BodyTensor, ...]
     metadata: dict[str, str]
 
     @property
@@ -174,7 +174,7 @@ def writable_bytes(tensor: torch.Tensor) -> memoryview:
     return tensor_bytes(tensor)
 
 
-def _tensor_at(data: memoryview, spec: TensorSpec) -> torch.Tensor:
+def _tensor_at(data: memoryview, spec: BodyTensor) -> torch.Tensor:
     if spec.start == spec.end:
         return torch.empty(spec.shape, dtype=spec.dtype)
     raw = torch.frombuffer(data[spec.start : spec.end], dtype=torch.uint8)
@@ -190,7 +190,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
-def _read_spec(name: str, entry: Any) -> TensorSpec:
+def _read_spec(name: str, entry: Any) -> BodyTensor:
     try:
         dtype, shape, (start, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
@@ -200,7 +200,7 @@ def _read_spec(name: str, entry: Any) -> TensorSpec:
     # An empty tensor's other dimensions take no bytes, but torch's own arithmetic overflows on them.
     if math.prod(shape) * dtype.itemsize != end - start or not _is_size(math.prod(n or 1 for n in shape) * 8):
         raise ProtocolError(f"tensor {name!r} of {entry['dtype']} {shape} does not fill bytes {start} to {end}")
-    return TensorSpec(name, dtype, tuple(shape), start, end)
+    return BodyTensor(name, dtype, tuple(shape), start, end)
 
 
 def _is_size(value: Any) -> bool:

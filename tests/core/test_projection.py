@@ -12,17 +12,18 @@ from torch.nn import functional
 
 from eagle_target.compute import projection
 from eagle_target.compute.projection import RowFacts, project_draft, project_full, tile_rows
-from eagle_target.contract.request import PROBS_DTYPES
+from eagle_target.contract.request import PROBS_DTYPES, SupervisionRequest, answer_spec
 from eagle_target.contract.runner import DraftHead
 from eagle_target.contract.sinks import PackedTensors, RowStore
 from eagle_target.contract.vocab_mapping import VocabMapping
 from eagle_target.errors import ContractError
-from eagle_target.testing.tiny import shuffled_mapping
+from eagle_target.testing.tiny import EmbeddingRunner, shuffled_mapping
 
 if TYPE_CHECKING:
     from eagle_target.contract.request import Encoding
 
 VOCAB, HIDDEN = 37, 6
+INFO = EmbeddingRunner(vocab_size=VOCAB, hidden_size=HIDDEN).info
 SHUFFLED = shuffled_mapping(VOCAB, 9)
 ASCENDING = VocabMapping.from_ids(torch.tensor([0, 4, 5, 20, 36]), VOCAB)
 IDENTITY = VocabMapping.identity(VOCAB)
@@ -46,13 +47,20 @@ def project(
     probs_dtype: torch.dtype = torch.float32,
 ) -> PackedTensors:
     sink = PackedTensors()
+    request = SupervisionRequest(
+        input_ids=torch.zeros(len(hidden), dtype=torch.int64),
+        seq_lens=(len(hidden),),
+        row_mask=torch.ones(len(hidden), dtype=torch.bool),
+        encoding=encoding,
+        mapping=mapping,
+        probs_dtype=probs_dtype,
+    )
     project_full(
         hidden,
         compute_logits,
         vocab_size=VOCAB,
-        encoding=encoding,
+        spec=answer_spec(request, INFO),
         mapping=mapping,
-        probs_dtype=probs_dtype,
         sink=sink,
     )
     return sink
@@ -122,8 +130,14 @@ def test_a_tile_has_at_least_one_row() -> None:
     assert tile_rows(1 << 18, torch.device("cuda", 3)) == 256
 
 
-@pytest.mark.parametrize("encoding", ["probs", "hidden", "logits"])
-@pytest.mark.parametrize("mapping", [SHUFFLED, IDENTITY], ids=repr)
+@pytest.mark.parametrize(
+    ("encoding", "mapping"),
+    [
+        *[(encoding, SHUFFLED) for encoding in ("probs", "hidden", "logits")],
+        # A trainer that has the whole vocabulary projects `hidden` by itself.
+        *[(encoding, IDENTITY) for encoding in ("probs", "logits")],
+    ],
+)
 def test_never_two_tiles_are_alive(monkeypatch: pytest.MonkeyPatch, encoding: Encoding, mapping: VocabMapping) -> None:
     use_tiles_of(monkeypatch, 4)
     earlier: list[weakref.ref[torch.Tensor]] = []
@@ -137,6 +151,12 @@ def test_never_two_tiles_are_alive(monkeypatch: pytest.MonkeyPatch, encoding: En
 
     project(random(23, HIDDEN), compute_logits, mapping=mapping, encoding=encoding)
     assert len(earlier) == 6
+
+
+def test_logits_of_a_dtype_that_no_answer_has_room_for_are_refused() -> None:
+    with pytest.raises(ContractError, match=r"gave torch\.float64, an answer has room for torch\.float32"):
+        project(random(3, HIDDEN), lambda hidden: HEAD.compute_logits(hidden).double(), encoding="logits")
+    assert project(random(3, HIDDEN), lambda hidden: HEAD.compute_logits(hidden).half(), encoding="logits")
 
 
 def test_draft_projection_keeps_no_tile(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from eagle_target.compute.supervise import check_forward, compute_supervision, split_forward, store_supervision
-from eagle_target.contract.request import SupervisionRequest
+from eagle_target.contract.request import SupervisionRequest, answer_spec
 from eagle_target.contract.runner import TargetForward
 from eagle_target.contract.sinks import PackedTensors
+from eagle_target.contract.vocab_mapping import VocabMapping
 from eagle_target.errors import ContractError, VocabMappingError
 from eagle_target.testing.tiny import EmbeddingRunner, shuffled_mapping
 
@@ -111,6 +112,38 @@ def test_rows_are_those_asked_for() -> None:
         expected = every[name] if name == "aux_hidden_states" else every[name][wanted.row_mask]
         torch.testing.assert_close(some[name], expected)
     assert some["aux_hidden_states"].shape == (7, 3 * 16)
+
+
+@pytest.mark.parametrize("encoding", ["probs", "hidden", "logits"])
+@pytest.mark.parametrize("mapping", [MAPPING, VocabMapping.identity(VOCAB)], ids=["some", "whole"])
+def test_an_answer_is_what_its_spec_says(encoding: Encoding, mapping: VocabMapping) -> None:
+    wanted = request(encoding=encoding, mapping=mapping, probs_dtype=torch.bfloat16)
+    made, spec = supervise(wanted), answer_spec(wanted, RUNNER.info)
+    assert set(made) == set(spec)
+    for name, tensor in made.items():
+        assert (tuple(tensor.shape), tensor.dtype) == (spec[name].shape, spec[name].dtype)
+        assert spec[name].fits(tensor.shape, tensor.dtype)
+        assert spec[name].nbytes == tensor.nbytes
+        assert len(tensor) == (7 if spec[name].axis == "tokens" else 4)
+
+
+def test_logits_may_be_narrower_than_their_spec_and_nothing_else_may() -> None:
+    spec = answer_spec(request(encoding="logits"), RUNNER.info)
+    shape = (4, VOCAB)
+    assert str(spec["logits"]) == f"[4, {VOCAB}] of torch.float32 or narrower"
+    assert all(spec["logits"].fits(shape, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16))
+    assert not any(spec["logits"].fits(shape, dtype) for dtype in (torch.float64, torch.int32, torch.bool))
+    assert not spec["logits"].fits((4, VOCAB + 1), torch.float32)
+    assert not spec["aux_hidden_states"].fits((7, 48), torch.bfloat16)
+
+
+def test_logits_of_a_known_dtype_are_of_no_other() -> None:
+    info = RUNNER.info.model_copy(update={"dtype": "float64"})
+    assert answer_spec(request(encoding="logits"), info)["logits"].dtype == torch.float64
+    known = answer_spec(request(encoding="logits"), info, logits_dtype=torch.bfloat16)["logits"]
+    assert known.nbytes == 4 * VOCAB * 2
+    assert known.fits((4, VOCAB), torch.bfloat16)
+    assert not known.fits((4, VOCAB), torch.float16)
 
 
 def test_encodings_carry_what_they_say() -> None:

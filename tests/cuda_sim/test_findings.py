@@ -202,11 +202,9 @@ def test_f3_a_vllm_worker_waits_for_its_own_stream(machine: Machine, vllm_worker
         vllm_worker.Job(
             aux=aux,
             last=torch.ones(4, 2, device="cuda:0"),
-            rows=torch.arange(4, device="cuda:0"),
-            encoding="states",
-            has_row_facts=False,
-            mapping=None,
-            probs_dtype=torch.float32,
+            seq_lens=[4],
+            request=None,
+            rows=None,
             sink=_PinnedSink(made, pinned),
         )
     ]

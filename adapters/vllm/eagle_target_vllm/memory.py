@@ -16,7 +16,9 @@ import torch
 from eagle_target.contract.sinks import RowStore
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+
+    from eagle_target.contract.request import TensorSpec
 
     # pid, descriptor and size of a block: what another process of the same user needs to open it. The last is the
     # block's number, by which it can be kept open; 0 for a block of one call.
@@ -66,6 +68,10 @@ class Layout:
         length = math.prod(slot.shape) * dtype.itemsize
         self.size += -(-length // ALIGNMENT) * ALIGNMENT
         return slot
+
+    def place(self, spec: Mapping[str, TensorSpec]) -> list[Slot]:
+        """Place the tensors of an answer."""
+        return [self.add(name, each.shape, each.dtype) for name, each in spec.items()]
 
 
 class SharedBlock:

@@ -13,9 +13,11 @@ import vllm
 from typing_extensions import override
 
 from eagle_target.checkpoints.digest import hub_commit
+from eagle_target.contract.request import answer_spec, forward_spec
 from eagle_target.contract.runner import DraftHead, TargetForward, TargetRunner
 from eagle_target.contract.target import TargetInfo, validate_aux_layer_ids
 from eagle_target.errors import AdapterError, EngineDead
+from eagle_target.protocol.messages import encode_mapping, encode_request
 from eagle_target_vllm.blocks import BlockPool
 from eagle_target_vllm.connector import state_ids
 from eagle_target_vllm.failures import engine_call
@@ -23,7 +25,6 @@ from eagle_target_vllm.feeding import check_outcome, has_lost_process, run_seque
 from eagle_target_vllm.inline import INLINE_LOCK
 from eagle_target_vllm.loading import end_engine
 from eagle_target_vllm.memory import Layout, SharedBlock
-from eagle_target_vllm.placement import describe_forward, describe_request, place_states, place_supervision
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from eagle_target.contract.vocab_mapping import VocabMapping
     from eagle_target_vllm.blocks import Lease
     from eagle_target_vllm.loading import LoadedEngine
-    from eagle_target_vllm.memory import Address
+    from eagle_target_vllm.memory import Address, Slot
 
 # More than a server lets wait at a time, each with its own.
 MAX_MAPPINGS = 128
@@ -102,11 +103,13 @@ class VLLMTargetRunner(TargetRunner):
                 self._send_mapping(request.mapping)
         ids = [ids for request in requests for ids in torch.split(request.input_ids, list(request.seq_lens))]
         if self._has_inline_worker:
-            jobs = [describe_request(request, None) for request in requests]
+            jobs = [_job(request, None) for request in requests]
             return self._run(jobs, ids, None, list(sinks))
         layout = Layout()
-        placed = [place_supervision(layout, request, self._info, self._logits_dtype) for request in requests]
-        jobs = [describe_request(request, slots) for request, slots in zip(requests, placed, strict=True)]
+        placed = [
+            layout.place(answer_spec(request, self._info, logits_dtype=self._logits_dtype)) for request in requests
+        ]
+        jobs = [_job(request, slots) for request, slots in zip(requests, placed, strict=True)]
         lease = self._lease(layout.size)
         timings = self._run(jobs, ids, lease.address, None)
         for slots, sink in zip(placed, sinks, strict=True):
@@ -121,10 +124,11 @@ class VLLMTargetRunner(TargetRunner):
             AdapterError: no layers were set, the runner is closed, or the engine failed.
         """
         layout = Layout()
-        slots = place_states(layout, len(input_ids), self._info)
+        slots = layout.place(forward_spec(len(input_ids), self._info))
         lease = self._lease(layout.size)
         ids = list(torch.split(input_ids, list(seq_lens)))
-        self._run([describe_forward(list(seq_lens), slots)], ids, lease.address, None)
+        job = {"request": None, "seq_lens": list(seq_lens), "slots": [slot.plain() for slot in slots]}
+        self._run([job], ids, lease.address, None)
         aux, last = (lease.tensor(slot).to(self._info.device) for slot in slots)
         return TargetForward(aux_hidden_states=aux, last_hidden_states=last)
 
@@ -225,8 +229,8 @@ class VLLMTargetRunner(TargetRunner):
     def _send_mapping(self, mapping: VocabMapping) -> None:
         if mapping.sha256 in self._mappings:
             return
-        ids = mapping.selected_token_ids.cpu().numpy().astype("<i8").tobytes()
-        self._call("add_mapping", mapping.sha256, ids, MAX_MAPPINGS, what="taking a vocabulary mapping")
+        body = b"".join(encode_mapping(mapping))
+        self._call("add_mapping", body, MAX_MAPPINGS, what="taking a vocabulary mapping")
         self._mappings[mapping.sha256] = None
         while len(self._mappings) > MAX_MAPPINGS:
             self._mappings.popitem(last=False)
@@ -284,19 +288,24 @@ class VLLMTargetRunner(TargetRunner):
             raise
 
 
+def _job(request: SupervisionRequest, slots: list[Slot] | None) -> dict[str, Any]:
+    """A request and where its answer goes, as plain values for `TargetWorker.begin`."""
+    return {
+        "request": b"".join(encode_request(request)),
+        "slots": None if slots is None else [slot.plain() for slot in slots],
+    }
+
+
 def _describe(loaded: LoadedEngine) -> TargetInfo:
-    config = loaded.engine.model_config
-    return TargetInfo(
-        model=loaded.name,
-        revision=hub_commit(loaded.name, loaded.options.revision),
-        weights=loaded.weights,
-        num_layers=config.get_total_num_hidden_layers(),
-        hidden_size=config.get_hidden_size(),
-        vocab_size=config.get_vocab_size(),
-        dtype=str(config.dtype).removeprefix("torch."),
-        device=loaded.facts["device"] if loaded.has_inline_worker else "cpu",
-        engine="vllm",
-        engine_version=vllm.__version__,
-        # The engine wants room for one generated token.
-        max_seq_len=config.max_model_len - 1,
+    """What a worker says of the target, and what it was loaded from."""
+    info = TargetInfo(**loaded.facts["info"])
+    return info.model_copy(
+        update={
+            "model": loaded.name,
+            "revision": hub_commit(loaded.name, loaded.options.revision),
+            "weights": loaded.weights,
+            "device": info.device if loaded.has_inline_worker else "cpu",
+            # The engine wants room for one generated token.
+            "max_seq_len": loaded.engine.model_config.max_model_len - 1,
+        }
     )

@@ -15,7 +15,9 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from eagle_target.compute.projection import project_full, tile_rows
-from eagle_target.contract.vocab_mapping import VocabMapping
+from eagle_target.contract.request import answer_spec, forward_spec
+from eagle_target.contract.target import TargetInfo
+from eagle_target.protocol.messages import decode_mapping, decode_request
 from eagle_target_vllm.blocks import OpenBlocks
 from eagle_target_vllm.capture import CapturedSequence, ForwardCapture, StepObserver
 from eagle_target_vllm.compatibility import find_obstacle
@@ -25,7 +27,9 @@ from eagle_target_vllm.weights import find_embedding, find_final_norm, find_head
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from eagle_target.contract.request import SupervisionRequest, TensorSpec
     from eagle_target.contract.sinks import Sink
+    from eagle_target.contract.vocab_mapping import VocabMapping
     from eagle_target_vllm.memory import Address, PlainSlot
 
 
@@ -45,17 +49,15 @@ class TargetWorkerExtension:
 class Job:
     """One request of a forward, in a worker.
 
-    aux: `[tokens, 3*hidden]`, on the first rank. last: `[tokens, hidden]`. rows: int64, which of them are projected.
-    encoding, has_row_facts: as of the request; encoding `states` is for the hidden states themselves.
+    aux: `[tokens, 3*hidden]`, on the first rank. last: `[tokens, hidden]`. seq_lens: tokens of each sequence.
+    request: what is asked, and rows: int64, which of `last` are projected; None where the hidden states are asked for.
     """
 
     aux: torch.Tensor | None
     last: torch.Tensor
-    rows: torch.Tensor
-    encoding: str
-    has_row_facts: bool
-    mapping: VocabMapping | None
-    probs_dtype: torch.dtype
+    seq_lens: Sequence[int]
+    request: SupervisionRequest | None
+    rows: torch.Tensor | None
     sink: Sink | None
 
 
@@ -65,10 +67,6 @@ class TargetWorker:
     def __init__(self, worker: Any) -> None:
         self._worker = worker
         self._runner = worker.model_runner
-        config = worker.vllm_config.model_config
-        self._hidden_size = int(config.get_hidden_size())
-        self._vocab_size = int(config.get_vocab_size())
-        self._dtype: torch.dtype = config.dtype
         self._mappings: OrderedDict[str, VocabMapping] = OrderedDict()
         self._jobs: list[Job] = []
         self._aux_ids: tuple[int, ...] = ()
@@ -88,6 +86,7 @@ class TargetWorker:
             return {"obstacle": obstacle}
         self._model = self._runner.get_model()
         self._device = next(self._model.parameters()).device
+        self._info = _describe(self._worker.vllm_config.model_config, self._device)
         self._blocks = OpenBlocks(self._device)
         self._is_first = get_tensor_model_parallel_rank() == 0
         self._observer = StepObserver(self._runner, stores=capture == "worker")
@@ -99,13 +98,14 @@ class TargetWorker:
         self._norm: Any = find_final_norm(self._model)
         if capture == "connector" and self._norm is None:
             return {"obstacle": f"a {type(self._model).__name__} has no model.norm: use -o capture=worker"}
-        self._head = find_head_form(self._model, self._hidden_size, self._dtype, self._model.compute_logits)
-        self._embedding = find_embedding(self._model, self._hidden_size)
-        logits = self._model.compute_logits(torch.zeros(1, self._hidden_size, dtype=self._dtype, device=self._device))
+        hidden_size, dtype = self._info.hidden_size, getattr(torch, self._info.dtype)
+        self._head = find_head_form(self._model, hidden_size, dtype, self._model.compute_logits)
+        self._embedding = find_embedding(self._model, hidden_size)
+        logits = self._model.compute_logits(torch.zeros(1, hidden_size, dtype=dtype, device=self._device))
         head = self._head
         return {
             "obstacle": None,
-            "device": str(self._device),
+            "info": self._info.model_dump(mode="json"),
             "logits_shape": None if logits is None else list(logits.shape),
             "logits_dtype": None if logits is None else str(logits.dtype).removeprefix("torch."),
             "has_embedding": self._embedding is not None,
@@ -131,10 +131,10 @@ class TargetWorker:
         last = self._norm(states[:, -1].contiguous())
         self._observer.receive(request_id, aux, last)
 
-    def add_mapping(self, sha256: str, token_ids: bytes, limit: int) -> None:
-        """Keep a vocabulary mapping of little-endian int64 ids; the oldest goes when there are more than `limit`."""
-        ids = torch.frombuffer(bytearray(token_ids), dtype=torch.int64)
-        self._mappings[sha256] = VocabMapping.from_ids(ids, self._vocab_size).to(self._device)
+    def add_mapping(self, body: bytes, limit: int) -> None:
+        """Keep a vocabulary mapping, as `encode_mapping` gives it; the oldest goes when there are more than `limit`."""
+        mapping = decode_mapping(memoryview(bytearray(body)))
+        self._mappings[mapping.sha256] = mapping
         while len(self._mappings) > limit:
             self._mappings.popitem(last=False)
 
@@ -148,6 +148,7 @@ class TargetWorker:
     ) -> None:
         """Get ready for a forward; results go to sinks of this process, or to a block of memory.
 
+        jobs: `request`, as `encode_request` gives it, or `seq_lens` of a plain forward; `slots`, places in the block.
         dropped: numbers of blocks that are no longer used.
         """
         self._blocks.forget(dropped)
@@ -160,8 +161,8 @@ class TargetWorker:
                 sink = BlockSink(block, [Slot.read(slot) for slot in plain["slots"]], is_pinned=is_pinned)
             self._jobs.append(self._make_job(plain, sink))
         sequences = []
-        for job, plain in zip(self._jobs, jobs, strict=True):
-            lengths = list(plain["lengths"])
+        for job in self._jobs:
+            lengths = list(job.seq_lens)
             lasts = torch.split(job.last, lengths)
             auxes: Sequence[torch.Tensor | None] = (
                 [None] * len(lengths) if job.aux is None else torch.split(job.aux, lengths)
@@ -216,54 +217,72 @@ class TargetWorker:
         shard.fill(block.tensor(Slot.read(ids_slot)), weight, bias[0] if bias else None)
 
     def _make_job(self, plain: dict[str, Any], sink: Sink | None) -> Job:
-        tokens = sum(plain["lengths"])
+        request: SupervisionRequest | None = None
+        if plain["request"] is not None:
+            # Checked where it came from outside: this process belongs to the server that sends it.
+            request = decode_request(memoryview(bytearray(plain["request"])), self._mappings.__getitem__)
+        seq_lens: Sequence[int] = plain["seq_lens"] if request is None else request.seq_lens
+        states = forward_spec(sum(seq_lens), self._info)
         aux: torch.Tensor | None = None
-        shape = (tokens, 3 * self._hidden_size)
         if isinstance(sink, BlockSink) and self._device.type == "cpu":
             aux = sink.rows("aux_hidden_states")
         elif self._is_first:
-            aux = torch.empty(shape, dtype=self._dtype, device=self._device)
-        rows = torch.frombuffer(bytearray(plain["rows"]), dtype=torch.bool).nonzero()[:, 0]
+            aux = self._empty(states["aux_hidden_states"])
         return Job(
             aux=aux,
-            last=torch.empty(tokens, self._hidden_size, dtype=self._dtype, device=self._device),
-            rows=rows.to(self._device),
-            encoding=plain["encoding"],
-            has_row_facts=plain["has_row_facts"],
-            mapping=None if plain["mapping"] is None else self._mappings[plain["mapping"]],
-            probs_dtype=getattr(torch, plain["probs_dtype"]),
+            last=self._empty(states["last_hidden_states"]),
+            seq_lens=seq_lens,
+            request=request,
+            rows=None if request is None else request.row_mask.nonzero()[:, 0].to(self._device),
             sink=sink if self._is_first else None,
         )
 
+    def _empty(self, spec: TensorSpec) -> torch.Tensor:
+        return torch.empty(spec.shape, dtype=spec.dtype, device=self._device)
+
     def _project(self, job: Job) -> None:
-        if job.sink is not None and job.aux is not None:
-            job.sink.put("aux_hidden_states", job.aux)
-        if job.encoding == "states":
-            if job.sink is not None:
-                job.sink.put("last_hidden_states", job.last)
+        request, sink = job.request, job.sink
+        if sink is not None and job.aux is not None:
+            sink.put("aux_hidden_states", job.aux)
+        if request is None or job.rows is None:
+            if sink is not None:
+                sink.put("last_hidden_states", job.last)
             return
         hidden = job.last.index_select(0, job.rows)
-        if job.sink is not None and job.encoding == "hidden":
-            job.sink.put("last_hidden_states", hidden)
-        if not job.has_row_facts:
+        if sink is not None and request.encoding == "hidden":
+            sink.put("last_hidden_states", hidden)
+        if not request.has_row_facts:
             return
-        if job.sink is None:
+        if sink is None:
             # Without rows `project_full` still asks for the dtype of logits.
-            for _ in self._tiles(hidden, at_least_once=job.encoding == "logits"):
+            for _ in self._tiles(hidden, at_least_once=request.encoding == "logits"):
                 pass
             return
         project_full(
             hidden,
             self._model.compute_logits,
-            vocab_size=self._vocab_size,
-            encoding=job.encoding,  # type: ignore[arg-type]
-            mapping=job.mapping,
-            probs_dtype=job.probs_dtype,
-            sink=job.sink,
+            vocab_size=self._info.vocab_size,
+            spec=answer_spec(request, self._info),
+            mapping=None if request.mapping is None else request.mapping.to(self._device),
+            sink=sink,
         )
 
     def _tiles(self, hidden: torch.Tensor, *, at_least_once: bool = False) -> Iterator[tuple[int, torch.Tensor | None]]:
         """The tiles that `project_full` asks the head for; logits are None on all ranks but the first."""
-        tile = tile_rows(self._vocab_size, hidden.device)
+        tile = tile_rows(self._info.vocab_size, hidden.device)
         for start in range(0, max(len(hidden), int(at_least_once)), tile):
             yield start, self._model.compute_logits(hidden[start : start + tile])
+
+
+def _describe(config: Any, device: torch.device) -> TargetInfo:
+    """What a worker knows of the target by itself."""
+    return TargetInfo(
+        model=config.model,
+        num_layers=config.get_total_num_hidden_layers(),
+        hidden_size=config.get_hidden_size(),
+        vocab_size=config.get_vocab_size(),
+        dtype=str(config.dtype).removeprefix("torch."),
+        device=str(device),
+        engine="vllm",
+        engine_version=vllm_version,
+    )
