@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 SMALL_BYTES = 1 << 20
 ROUNDING_BYTES = 2 << 20
@@ -44,6 +44,31 @@ def new_block(size: int) -> mmap.mmap:
     return block
 
 
+def tensor_in(
+    memory: mmap.mmap,
+    offset: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    released: Callable[..., object],
+    *arguments: object,
+) -> torch.Tensor:
+    """An uninitialised tensor in a block of memory, which is mapped as long as anything shares the tensor's part of it.
+
+    Args:
+        released: called with `arguments` when nothing does any more: at any point of any thread.
+
+    Raises:
+        ValueError: it is empty, or ends outside the block.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if not 0 < size <= len(memory) - offset:
+        raise ValueError(f"{size} bytes at {offset} are no part of a block of {len(memory)} bytes")
+    # The storage keeps this object alive, whatever views are made of the tensor, and nothing else does.
+    part = memoryview(memory)[offset : offset + size]
+    weakref.finalize(part, released, *arguments).atexit = False
+    return torch.frombuffer(part, dtype=torch.uint8).view(dtype).view(tuple(shape))
+
+
 class BufferPool:
     """Allocates tensors whose memory comes back when the last tensor that shares it is gone.
 
@@ -66,10 +91,7 @@ class BufferPool:
         if size < SMALL_BYTES:
             return torch.empty(tuple(shape), dtype=dtype)
         block = self._take(-(-size // ROUNDING_BYTES) * ROUNDING_BYTES)
-        # The storage keeps this object alive, whatever views are made of the tensor, and nothing else does.
-        lease = (ctypes.c_uint8 * size).from_buffer(block)
-        weakref.finalize(lease, self._give_back, block).atexit = False
-        return torch.frombuffer(lease, dtype=torch.uint8).view(dtype).view(tuple(shape))
+        return tensor_in(block, 0, shape, dtype, self._give_back, block)
 
     def close(self) -> None:
         """Give idle memory back; what is in use follows when it is let go of."""
@@ -250,10 +272,7 @@ class PinnedPool:
             if slab is None:
                 return self._pageable.allocate(shape, dtype)
             offset = slab.take(padded)
-            # The storage keeps this object alive, whatever views are made of the tensor, and nothing else does.
-            lease = (ctypes.c_uint8 * size).from_buffer(slab.block, offset)
-        weakref.finalize(lease, self._give_back, slab, offset, padded).atexit = False
-        return torch.frombuffer(lease, dtype=torch.uint8).view(dtype).view(tuple(shape))
+        return tensor_in(slab.block, offset, shape, dtype, self._give_back, slab, offset, padded)
 
     def trim(self, idle_seconds: float) -> None:
         """Give back slabs that nothing has been in for that long."""

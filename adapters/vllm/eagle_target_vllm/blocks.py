@@ -9,7 +9,7 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 from eagle_target.memory import Registration
-from eagle_target_vllm.memory import ALIGNMENT, SharedBlock
+from eagle_target_vllm.memory import ALIGNMENT, EngineBlock
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,7 @@ UNKEPT = 0
 class Lease:
     """A block for as long as the lease or a tensor of it is there."""
 
-    def __init__(self, block: SharedBlock, serial: int, view: memoryview) -> None:
+    def __init__(self, block: EngineBlock, serial: int, view: memoryview) -> None:
         self.address: Address = (*block.address[:3], serial)
         self._view = view
 
@@ -43,8 +43,8 @@ class BlockPool:
     def __init__(self) -> None:
         self._serials = count(UNKEPT + 1)
         # A put from a finalizer may come in the middle of anything, in any thread.
-        self._returned: queue.SimpleQueue[tuple[int, SharedBlock]] = queue.SimpleQueue()
-        self._free: dict[int, SharedBlock] = {}
+        self._returned: queue.SimpleQueue[tuple[int, EngineBlock]] = queue.SimpleQueue()
+        self._free: dict[int, EngineBlock] = {}
         self._dropped: list[int] = []
 
     def lease(self, size: int) -> Lease:
@@ -58,7 +58,7 @@ class BlockPool:
         fitting = [serial for serial, block in self._free.items() if size <= block.size <= WASTE * size]
         serial = min(fitting, key=lambda number: self._free[number].size, default=UNKEPT)
         if serial == UNKEPT:
-            serial, block = next(self._serials), SharedBlock.create(_rounded(size))
+            serial, block = next(self._serials), EngineBlock.create(_rounded(size))
         else:
             block = self._free.pop(serial)
         view = memoryview(block.map)
@@ -90,15 +90,15 @@ class OpenBlocks:
         self._device = device
         self._pins = device.type == "cuda"
         self._has_failed = False
-        self._open: dict[int, tuple[SharedBlock, Registration | None]] = {}
+        self._open: dict[int, tuple[EngineBlock, Registration | None]] = {}
 
-    def open(self, address: Address) -> tuple[SharedBlock, bool]:
+    def open(self, address: Address) -> tuple[EngineBlock, bool]:
         """The block of an address, and whether it is pinned."""
         serial = address[3]
         if serial == UNKEPT:
-            return SharedBlock.open(address), False
+            return EngineBlock.open_address(address), False
         if serial not in self._open:
-            block = SharedBlock.open(address)
+            block = EngineBlock.open_address(address)
             self._open[serial] = block, self._pin(block) if self._pins else None
         block, registration = self._open[serial]
         return block, registration is not None
@@ -110,7 +110,7 @@ class OpenBlocks:
             if registration is not None:
                 registration.release()
 
-    def _pin(self, block: SharedBlock) -> Registration | None:
+    def _pin(self, block: EngineBlock) -> Registration | None:
         """Register a block with CUDA; None, and one warning, where CUDA will not."""
         try:
             return Registration(self._device, block.map)

@@ -6,7 +6,6 @@ Anonymous, so nothing is left behind whoever crashes, and no limit of /dev/shm a
 from __future__ import annotations
 
 import math
-import mmap
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,9 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from eagle_target.contract.sinks import RowStore
+from eagle_target.shared_memory import SharedBlock
 
 if TYPE_CHECKING:
+    import mmap
     from collections.abc import Mapping, Sequence
+    from typing import Self
 
     from eagle_target.contract.request import TensorSpec
 
@@ -74,50 +76,25 @@ class Layout:
         return [self.add(name, each.shape, each.dtype) for name, each in spec.items()]
 
 
-class SharedBlock:
-    """A block of memory; mapped until the last of its tensors is gone. map: its bytes. size: how many."""
-
-    def __init__(self, descriptor: int, size: int) -> None:
-        self._descriptor = descriptor
-        self.size = size
-        self.map = mmap.mmap(descriptor, size)
-
-    @classmethod
-    def create(cls, size: int) -> SharedBlock:
-        """Make a block of zeros that other processes can open while this one has not `release`d it."""
-        size = max(size, ALIGNMENT)
-        descriptor = os.memfd_create("eagle-target", os.MFD_CLOEXEC)
-        try:
-            os.ftruncate(descriptor, size)
-            return cls(descriptor, size)
-        except BaseException:
-            os.close(descriptor)
-            raise
-
-    @classmethod
-    def open(cls, address: Address) -> SharedBlock:
-        """Map a block of this or another process."""
-        pid, descriptor, size, _ = address
-        own = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
-        try:
-            return cls(own, size)
-        finally:
-            os.close(own)
+class EngineBlock(SharedBlock):
+    """A block of memory that the engine's processes open by its address."""
 
     @property
     def address(self) -> Address:
-        """What `open` takes."""
-        return os.getpid(), self._descriptor, self.size, 0
+        """What `open_address` takes."""
+        return os.getpid(), self.descriptor, self.size, 0
+
+    @classmethod
+    def open_address(cls, address: Address) -> Self:
+        """Map a block of this or another process."""
+        pid, descriptor, size, _ = address
+        block = cls.open(pid, descriptor, size)
+        block.release()
+        return block
 
     def tensor(self, slot: Slot) -> torch.Tensor:
         """The tensor of a slot, in the block's memory."""
         return slot.tensor(self.map)
-
-    def release(self) -> None:
-        """Let no more processes open it; those that have mapped it keep it."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
 
 
 class BlockSink:
@@ -128,7 +105,7 @@ class BlockSink:
         is_pinned: whether copies from a device go on while the caller does; the caller then waits for the device.
     """
 
-    def __init__(self, block: SharedBlock, slots: Sequence[Slot], *, is_pinned: bool = False) -> None:
+    def __init__(self, block: EngineBlock, slots: Sequence[Slot], *, is_pinned: bool = False) -> None:
         self._tensors = {slot.name: block.tensor(slot) for slot in slots}
         self._is_pinned = is_pinned
 

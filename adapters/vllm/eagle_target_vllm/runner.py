@@ -24,7 +24,7 @@ from eagle_target_vllm.failures import engine_call
 from eagle_target_vllm.feeding import check_outcome, has_lost_process, run_sequences, step_until
 from eagle_target_vllm.inline import INLINE_LOCK
 from eagle_target_vllm.loading import end_engine
-from eagle_target_vllm.memory import Layout, SharedBlock
+from eagle_target_vllm.memory import EngineBlock, Layout
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -253,9 +253,9 @@ class VLLMTargetRunner(TargetRunner):
         with engine_call(MEMORY):
             return self._blocks.lease(size)
 
-    def _new_block(self, size: int) -> SharedBlock:
+    def _new_block(self, size: int) -> EngineBlock:
         with engine_call(MEMORY):
-            return SharedBlock.create(size)
+            return EngineBlock.create(size)
 
     def _call(self, method: str, *arguments: Any, what: str) -> Any:
         """Call a method of all workers and return what the first one gives."""

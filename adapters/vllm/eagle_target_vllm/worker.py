@@ -21,7 +21,7 @@ from eagle_target.protocol.messages import decode_mapping, decode_request
 from eagle_target_vllm.blocks import OpenBlocks
 from eagle_target_vllm.capture import CapturedSequence, ForwardCapture, StepObserver
 from eagle_target_vllm.compatibility import find_obstacle
-from eagle_target_vllm.memory import BlockSink, SharedBlock, Slot
+from eagle_target_vllm.memory import BlockSink, EngineBlock, Slot
 from eagle_target_vllm.weights import find_embedding, find_final_norm, find_head_form
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ class TargetWorker:
 
     def compute_logits(self, address: Address, hidden_slot: PlainSlot, logits_slot: PlainSlot) -> None:
         """`[n, hidden]` of a block through the head, to `[n, vocab]` of the block."""
-        block = SharedBlock.open(address)
+        block = EngineBlock.open_address(address)
         hidden = block.tensor(Slot.read(hidden_slot)).to(self._device)
         store = BlockSink(block, [Slot.read(logits_slot)]) if self._is_first else None
         for start, logits in self._tiles(hidden):
@@ -212,7 +212,7 @@ class TargetWorker:
             self._fill(self._embedding, address, ids_slot, slots)
 
     def _fill(self, shard: Any, address: Address, ids_slot: PlainSlot, slots: Sequence[PlainSlot]) -> None:
-        block = SharedBlock.open(address)
+        block = EngineBlock.open_address(address)
         weight, *bias = [block.tensor(Slot.read(slot)) for slot in slots]
         shard.fill(block.tensor(Slot.read(ids_slot)), weight, bias[0] if bias else None)
 

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from eagle_target_vllm.blocks import KEPT_BLOCKS, BlockPool, OpenBlocks
-from eagle_target_vllm.memory import BlockSink, Layout, SharedBlock, Slot
+from eagle_target_vllm.memory import BlockSink, EngineBlock, Layout, Slot
 
 SLOT = Slot("x", 0, (1000,), torch.int64)
 SIZE = 8000
@@ -82,7 +82,7 @@ def test_a_worker_keeps_blocks_open_until_they_are_dropped() -> None:
 
 def test_a_block_of_one_call_is_not_kept() -> None:
     blocks = OpenBlocks(torch.device("cpu"))
-    block = SharedBlock.create(SIZE)
+    block = EngineBlock.create(SIZE)
 
     assert blocks.open(block.address)[0] is not blocks.open(block.address)[0]
     block.release()

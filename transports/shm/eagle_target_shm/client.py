@@ -194,7 +194,7 @@ def open_channel(offer: Mapping[str, Any], control: ControlPlane) -> ShmClientCh
             connection, given = enter(str(offer["socket"]), invitation)
             on_error.callback(connection.close)
             try:
-                segment = Segment.open(given, int(answer[HOST]["bytes"]))
+                segment = Segment.receive(given, int(answer[HOST]["bytes"]))
             finally:
                 os.close(given)
             memories: dict[str, Segment | DeviceSegment] = {HOST: segment}
