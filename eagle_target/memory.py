@@ -24,6 +24,18 @@ SMALL_BYTES = 1 << 20
 ROUNDING_BYTES = 2 << 20
 # An idle block may be larger than what is asked for by this part of it: answers rarely have the same size twice.
 SPARE_PART = 4
+logger = logging.getLogger(__name__)
+# Pinning takes a second for some 4 GiB, so that memory for small tensors is pinned together.
+SLAB_BYTES = 64 << 20
+ALIGNMENT = 512
+# cudaHostRegisterPortable: pinned for every device, whichever is current.
+PORTABLE = 1
+# What cudaHostRegister says most often: no memory, the system's call failed, already registered.
+OUT_OF_MEMORY, OPERATING_SYSTEM, ALREADY_REGISTERED = 2, 304, 712
+# What torch raises without CUDA, in a process that was forked from one with it, and after an error that stays.
+NO_RUNTIME = (RuntimeError, AssertionError)
+# Memory that CUDA does not let go of: it must not be unmapped, or what is mapped there next would be taken for pinned.
+_kept: list[object] = []
 
 
 def trim_heap() -> bool:
@@ -138,22 +150,6 @@ class BufferPool:
             self.idle_bytes += size
             self._idle.setdefault(size, []).append((time.monotonic(), block))
             self._idle.move_to_end(size)
-
-
-logger = logging.getLogger(__name__)
-
-# Pinning takes a second for some 4 GiB, so that memory for small tensors is pinned together.
-SLAB_BYTES = 64 << 20
-ALIGNMENT = 512
-# cudaHostRegisterPortable: pinned for every device, whichever is current.
-PORTABLE = 1
-# What cudaHostRegister says most often: no memory, the system's call failed, already registered.
-OUT_OF_MEMORY, OPERATING_SYSTEM, ALREADY_REGISTERED = 2, 304, 712
-# What torch raises without CUDA, in a process that was forked from one with it, and after an error that stays.
-NO_RUNTIME = (RuntimeError, AssertionError)
-
-# Memory that CUDA does not let go of: it must not be unmapped, or what is mapped there next would be taken for pinned.
-_kept: list[object] = []
 
 
 class Registration:

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import Mapping, Sequence
 
+READ_BYTES = 4 << 20
+CONNECT_SECONDS = 5.0
+MAX_JSON_BYTES = 1 << 20
+
 
 def shut_down(connected: socket.socket) -> None:
     """End a connection in both directions, from any thread; whoever waits on it gets an error."""
@@ -159,11 +163,6 @@ class Checksum:
             raise ProtocolError(
                 f"{url} announced checksum {announced!r}, the body that came has {expected!r}: it changed on its way"
             )
-
-
-READ_BYTES = 4 << 20
-CONNECT_SECONDS = 5.0
-MAX_JSON_BYTES = 1 << 20
 
 
 class ServerConnection:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 Encoding = Literal["probs", "hidden", "logits"]
 RowPolicy = Literal["supervised", "all"]
 PROBS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Axis = Literal["tokens", "rows"]
+LOGITS_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -109,10 +111,6 @@ def _check_packed(name: str, tensor: torch.Tensor, dtype: torch.dtype, tokens: i
             f"{name} must be a non-empty vector of {dtype} with {tokens} elements, "
             f"got {tensor.dtype} {list(tensor.shape)}"
         )
-
-
-Axis = Literal["tokens", "rows"]
-LOGITS_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

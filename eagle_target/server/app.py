@@ -35,7 +35,7 @@ from eagle_target.server.clients import MAX_CLIENT_LETTERS
 from eagle_target.server.http_limits import check_size, read_mapping_body
 from eagle_target.server.middleware import AUTHORIZED, address_of, own_address_of
 from eagle_target.server.problems import (
-    EXCHANGE,
+    RECORD,
     Problem,
     answer_http_error,
     answer_nobody,
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from eagle_target.server.channels import Channels
     from eagle_target.server.engine.answer import Answer
     from eagle_target.server.engine.server import TargetModelServer
-    from eagle_target.server.middleware import Exchange
+    from eagle_target.server.middleware import RequestRecord
 
 MAX_HELLO_BYTES = 1 << 16
 
@@ -95,11 +95,11 @@ class TargetApp:
             },
         )
 
-    def note_exchange(self, exchange: Exchange) -> None:
+    def note_record(self, record: RequestRecord) -> None:
         """Count what a request that is over came to."""
         # A probe that is told `loading` is no error.
-        if exchange.problem and exchange.path != messages.READY:
-            self.metrics.count_problem(exchange.problem, exchange.status)
+        if record.problem and record.path != messages.READY:
+            self.metrics.count_problem(record.problem, record.status)
 
     async def health(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's signature
         """The process is alive."""
@@ -179,7 +179,7 @@ class TargetApp:
     async def supervise(self, request: Request) -> Response:
         """Supervision for one request, over the transport it names."""
         self.active += 1
-        exchange: Exchange = request.scope[EXCHANGE]
+        record: RequestRecord = request.scope[RECORD]
         try:
             response = await self._answer(request)
         except BaseException:
@@ -187,7 +187,7 @@ class TargetApp:
             raise
         outcome = response.name if isinstance(response, Problem) else metrics.ANSWERED
         self.metrics.count_request(outcome, response.status_code)
-        return FollowedResponse(response, partial(self._end, exchange))
+        return FollowedResponse(response, partial(self._end, record))
 
     async def open_channel(self, request: Request) -> Response:
         """Open a channel on a transport."""
@@ -226,9 +226,9 @@ class TargetApp:
         self.server.clients.leave(request.path_params["client"][:MAX_CLIENT_LETTERS])
         return Response(status_code=204)
 
-    def _end(self, exchange: Exchange) -> None:
+    def _end(self, record: RequestRecord) -> None:
         self.active -= 1
-        self.metrics.count_seconds(exchange.seconds)
+        self.metrics.count_seconds(record.seconds)
 
     async def _answer(self, request: Request) -> Response:
         try:
@@ -244,13 +244,13 @@ class TargetApp:
     async def _supervise(self, request: Request) -> Response:
         name = request.headers.get(messages.TRANSPORT, "wire")
         channel = self.channels.find(name, request.headers.get(messages.CHANNEL))
-        exchange: Exchange = request.scope[EXCHANGE]
+        record: RequestRecord = request.scope[RECORD]
         body = await self._read(request)
         self.metrics.count_received(len(body))
-        read_seconds = exchange.seconds
+        read_seconds = record.seconds
         supervision_request = messages.decode_request(body, self._find_mapping)
         check_size(supervision_request, self.config)
-        client = exchange.client_id[:MAX_CLIENT_LETTERS]
+        client = record.client_id[:MAX_CLIENT_LETTERS]
         future = self.server.submit(supervision_request, channel.new_tensors, client=client)
         answer = await wait_for_answer(future, request)
         try:
@@ -270,11 +270,11 @@ class TargetApp:
     ) -> Response:
         """The response that sends an answer, and releases it."""
         answered_at = time.perf_counter()
-        exchange: Exchange = request.scope[EXCHANGE]
-        name, client = request.headers.get(messages.TRANSPORT, "wire"), exchange.client_id[:MAX_CLIENT_LETTERS]
-        headers = self._headers(exchange.request_id, asked, answer)
+        record: RequestRecord = request.scope[RECORD]
+        name, client = request.headers.get(messages.TRANSPORT, "wire"), record.client_id[:MAX_CLIENT_LETTERS]
+        headers = self._headers(record.request_id, asked, answer)
         metadata = {name: value for name, value in headers.items() if name != messages.TIMINGS}
-        reply = await run_in_threadpool(channel.send, exchange.request_id, answer.tensors, metadata)
+        reply = await run_in_threadpool(channel.send, record.request_id, answer.tensors, metadata)
         headers |= await checksum_headers(request, reply)
         if reply.moved_bytes:
             headers[messages.MOVED_BYTES] = str(reply.moved_bytes)
@@ -286,7 +286,7 @@ class TargetApp:
         )
         self.metrics.count_transport(client, name, request.headers.get(messages.PASSED_OVER, ""))
         self.server.clients.supervised(client, tokens=asked.tokens, transport=name)
-        exchange.fields |= {"tokens": asked.tokens, "transport": name}
+        record.fields |= {"tokens": asked.tokens, "transport": name}
         return TensorResponse(
             reply,
             headers,
@@ -325,6 +325,6 @@ class TargetApp:
     ) -> Response:
         # Tensors on a device are copied first, which other requests need not wait for.
         reply = Reply(messages.CONTENT_TYPE, await run_in_threadpool(encode_tensors, tensors, metadata))
-        identity = self._identity(request.scope[EXCHANGE].request_id, answered)
+        identity = self._identity(request.scope[RECORD].request_id, answered)
         headers = {**identity, **await checksum_headers(request, reply)}
         return TensorResponse(reply, headers, send_timeout=self.config.send_timeout)

@@ -29,37 +29,35 @@ MAX_LETTERS = 64
 NUMBER = re.compile(r"\d+")
 FRAME = '  File "'
 HIDDEN = "#"
+_log_context: ContextVar[LogContext | None] = ContextVar("eagle_target_log_context", default=None)
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class LogContext:
     """A request's id and its client's, as the log shows them."""
 
     request: str
     client: str
 
 
-_subject: ContextVar[Subject | None] = ContextVar("eagle_target_subject", default=None)
-
-
-def current_subject() -> Subject | None:
+def current_log_context() -> LogContext | None:
     """What is worked on here; None outside of a request."""
-    return _subject.get()
+    return _log_context.get()
 
 
-def set_subject(subject: Subject) -> None:
+def set_log_context(context: LogContext) -> None:
     """Work on a request until the end of the task."""
-    _subject.set(subject)
+    _log_context.set(context)
 
 
 @contextlib.contextmanager
-def about(subject: Subject | None) -> Iterator[None]:
+def log_context(context: LogContext | None) -> Iterator[None]:
     """Work on a request, or on none, until the end of the block."""
-    before = _subject.set(subject)
+    before = _log_context.set(context)
     try:
         yield
     finally:
-        _subject.reset(before)
+        _log_context.reset(before)
 
 
 def printable(text: str) -> str:
@@ -116,8 +114,8 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """One line, and indented ones for what has several."""
-        subject = current_subject()
-        about = "" if subject is None else f" [{subject.request} {subject.client}]"
+        context = current_log_context()
+        about = "" if context is None else f" [{context.request} {context.client}]"
         lines = [f"{_time_of(record)} {record.levelname} {record.name}{about}: {record.getMessage()}"]
         lines += _details(self, record)
         return CONTINUED.join("\n".join(lines).splitlines())
@@ -128,15 +126,15 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """One line."""
-        subject = current_subject()
+        context = current_log_context()
         event: dict[str, Any] = {
             "time": _time_of(record),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
         }
-        if subject is not None:
-            event |= {"request": subject.request, "client": subject.client}
+        if context is not None:
+            event |= {"request": context.request, "client": context.client}
         event |= getattr(record, FIELDS, {})
         details = _details(self, record)
         return json.dumps(event | ({"exception": "\n".join(details)} if details else {}), default=str)

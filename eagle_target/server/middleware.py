@@ -15,8 +15,8 @@ from eagle_target.errors import ConfigError
 from eagle_target.protocol import messages
 from eagle_target.protocol.problems import ProblemType
 from eagle_target.server.clients import MAX_CLIENT_LETTERS
-from eagle_target.server.log import FIELDS, Subject, printable, set_subject
-from eagle_target.server.problems import EXCHANGE, problem
+from eagle_target.server.log import FIELDS, LogContext, printable, set_log_context
+from eagle_target.server.problems import RECORD, problem
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,6 +35,10 @@ BEARER = "bearer"
 # A browser cannot be told to send a bearer token: for the status page, and for it alone, the token may be a password.
 BASIC = "basic"
 BASIC_CHALLENGE = 'Basic realm="eagle-target: the token as password", charset="UTF-8"'
+# Asked every few seconds by supervisors and scrapers, and by browsers that show the status page.
+ROUTINE_PATHS = (messages.HEALTH, messages.READY, messages.METRICS, messages.STATUS)
+# Longer parts of a path are hashes and channels' ids, or a stranger's.
+MAX_PART_LETTERS = 16
 
 
 def open_tokens(config: ServerConfig) -> Tokens:
@@ -138,15 +142,7 @@ def _no_password() -> str:
     raise ValueError("the key is encrypted: give one without a password")
 
 
-logger = logging.getLogger(__name__)
-
-# Asked every few seconds by supervisors and scrapers, and by browsers that show the status page.
-ROUTINE_PATHS = (messages.HEALTH, messages.READY, messages.METRICS, messages.STATUS)
-# Longer parts of a path are hashes and channels' ids, or a stranger's.
-MAX_PART_LETTERS = 16
-
-
-class Exchange:
+class RequestRecord:
     """A request from its headers on.
 
     Attributes:
@@ -173,9 +169,9 @@ class Exchange:
         return time.perf_counter() - self._started
 
     @property
-    def subject(self) -> Subject:
+    def log_context(self) -> LogContext:
         """Whom lines of the log about it are about."""
-        return Subject(printable(self.request_id), printable(self.client_id))
+        return LogContext(printable(self.request_id), printable(self.client_id))
 
     def note(self, message: Message) -> None:
         """See a part of the answer."""
@@ -185,36 +181,36 @@ class Exchange:
             self.is_sent = not message.get("more_body", False)
 
 
-class ObservedApp:
+class RequestRecorder:
     """An ASGI application whose every request is logged, and told about when it is over.
 
     Args:
-        app: what answers. on_end: called with each exchange.
+        app: what answers. on_end: called with each record.
     """
 
-    def __init__(self, app: ASGIApp, on_end: Callable[[Exchange], None]) -> None:
+    def __init__(self, app: ASGIApp, on_end: Callable[[RequestRecord], None]) -> None:
         self._app = app
         self._on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on; lines of the log that are written meanwhile bear its ids."""
-        exchange = scope[EXCHANGE] = Exchange(scope)
+        record = scope[RECORD] = RequestRecord(scope)
         # uvicorn runs each request in a context of its own, and logs how it ended there.
-        set_subject(exchange.subject)
+        set_log_context(record.log_context)
 
         async def send_noted(message: Message) -> None:
-            exchange.note(message)
+            record.note(message)
             await send(message)
 
         try:
             await self._app(scope, receive, send_noted)
         except Exception:
             # Starlette raises again what it has answered and `problem_of` has logged.
-            if not exchange.is_sent:
+            if not record.is_sent:
                 raise
         finally:
-            _log(exchange)
-            self._on_end(exchange)
+            _log(record)
+            self._on_end(record)
 
 
 def shown_path(path: str) -> str:
@@ -223,19 +219,19 @@ def shown_path(path: str) -> str:
     return "/".join(parts)
 
 
-def _log(exchange: Exchange) -> None:
-    level = logging.DEBUG if exchange.status < 400 or exchange.path in ROUTINE_PATHS else logging.INFO
-    if exchange.status == 401 or (exchange.status >= 500 and exchange.status != 503):
+def _log(record: RequestRecord) -> None:
+    level = logging.DEBUG if record.status < 400 or record.path in ROUTINE_PATHS else logging.INFO
+    if record.status == 401 or (record.status >= 500 and record.status != 503):
         level = logging.WARNING
     if not logger.isEnabledFor(level):
         return
     fields: dict[str, Any] = {
-        "method": printable(exchange.method),
-        "path": shown_path(exchange.path),
-        "status": exchange.status,
-        "seconds": round(exchange.seconds, 6),
-        **({"problem": exchange.problem} if exchange.problem else {}),
-        **exchange.fields,
+        "method": printable(record.method),
+        "path": shown_path(record.path),
+        "status": record.status,
+        "seconds": round(record.seconds, 6),
+        **({"problem": record.problem} if record.problem else {}),
+        **record.fields,
     }
     shown = " ".join(f"{name}={value}" for name, value in fields.items())
     logger.log(level, "answered %s", shown, extra={FIELDS: fields})

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Where a request's scope has its `Exchange`.
-EXCHANGE = "eagle_target.exchange"
+# Where a request's scope has its `RequestRecord`.
+RECORD = "eagle_target.record"
 
 
 class Problem(Response):
@@ -31,9 +31,9 @@ class Problem(Response):
         self.name = name
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it, and say so to whoever observes the exchange."""
-        if EXCHANGE in scope:
-            scope[EXCHANGE].problem = self.name
+        """Send it, and say so to whoever observes the record."""
+        if RECORD in scope:
+            scope[RECORD].problem = self.name
         await super().__call__(scope, receive, send)
 
 

@@ -19,9 +19,9 @@ from eagle_target.plugins.registry import load_plugins
 from eagle_target.server.app import TargetApp
 from eagle_target.server.channels import Channels
 from eagle_target.server.engine.server import TargetModelServer
-from eagle_target.server.exits import UnusedWatch
 from eagle_target.server.http_limits import limited_connections
-from eagle_target.server.middleware import ObservedApp, PresenceGate, TokenGate, make_tls, open_tokens
+from eagle_target.server.middleware import PresenceGate, RequestRecorder, TokenGate, make_tls, open_tokens
+from eagle_target.server.shutdown import UnusedWatch
 from eagle_target.targets import load_runner
 
 if TYPE_CHECKING:
@@ -87,7 +87,9 @@ class HttpServer:
         self._app = TargetApp(self.engine, self._channels, config)
         self.port: int = self._socket.getsockname()[1]
         settings = uvicorn.Config(
-            ObservedApp(TokenGate(PresenceGate(self._app.asgi, self.engine.clients), tokens), self._app.note_exchange),
+            RequestRecorder(
+                TokenGate(PresenceGate(self._app.asgi, self.engine.clients), tokens), self._app.note_record
+            ),
             loop="auto",
             http=limited_connections(config, lambda kind: self._app.metrics.count_problem(kind, kind.status)),
             ssl_context_factory=None if self._tls is None else partial(_given, self._tls),

@@ -19,7 +19,15 @@ from eagle_target.contract.request import SupervisionRequest
 from eagle_target.errors import EngineDead
 from eagle_target.protocol import messages
 from eagle_target.server import log
-from eagle_target.server.log import JsonFormatter, Subject, TextFormatter, about, configure_logging, hide_ids, printable
+from eagle_target.server.log import (
+    JsonFormatter,
+    LogContext,
+    TextFormatter,
+    configure_logging,
+    hide_ids,
+    log_context,
+    printable,
+)
 from eagle_target.server.middleware import shown_path
 from eagle_target.testing.server import ServerProcess, loopback_server, server_process
 from eagle_target.testing.tiny import save_tiny_target, shuffled_mapping
@@ -210,7 +218,7 @@ def record_of(message: str, *args: object, **extra: Any) -> logging.LogRecord:
 def test_text_is_a_line_and_indented_ones() -> None:
     line = TextFormatter().format(record_of("first %s\nsecond", 1))
     assert re.fullmatch(r"\S+Z WARNING some\.logger: first 1\n  \| second", line)
-    with about(Subject("r", "c")):
+    with log_context(LogContext("r", "c")):
         assert TextFormatter().format(record_of("x")).endswith(" WARNING some.logger [r c]: x")
 
 

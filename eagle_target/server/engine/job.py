@@ -15,7 +15,7 @@ import torch
 from eagle_target.contract.request import SupervisionRequest
 from eagle_target.contract.sinks import PackedTensors
 from eagle_target.server.engine.answer import Answer
-from eagle_target.server.log import current_subject
+from eagle_target.server.log import current_log_context
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -35,7 +35,7 @@ class Job:
         answer_bytes: what the answer takes. max_part_tokens: a larger request is cut into parts of whole sequences.
 
     Attributes:
-        subject: whom the log's lines about it are about, taken from whoever makes it.
+        log_context: whom the log's lines about it are about, taken from whoever makes it.
         claim, answer: its room in the outbox, and what is made there, until it is handed over or released.
     """
 
@@ -50,7 +50,7 @@ class Job:
     ) -> None:
         self.request = request
         self.client = client
-        self.subject = current_subject()
+        self.log_context = current_log_context()
         self.answer_bytes = answer_bytes
         self.future: Future[Answer] = Future()
         self.claim: Claim | None = None

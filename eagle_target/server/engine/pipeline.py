@@ -20,7 +20,7 @@ from eagle_target.errors import AdapterError, ContractError, EagleTargetError, E
 from eagle_target.memory import trim_heap
 from eagle_target.protocol.problems import ProblemType
 from eagle_target.server.engine.answer import Answer, DeferredSink, HostMemory
-from eagle_target.server.log import about, hide_ids, hide_in_error
+from eagle_target.server.log import hide_ids, hide_in_error, log_context
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -103,8 +103,8 @@ class Pipeline:
             if sum(part.tokens for part in parts) > self.room():
                 # A single part larger than what fits now: what is still to be projected is freed first.
                 self._forwarded.join()
-            subject = parts[0].job.subject if is_alone else None
-            with torch.no_grad(), about(subject), self._watchdog.watching("a forward"):
+            context = parts[0].job.log_context if is_alone else None
+            with torch.no_grad(), log_context(context), self._watchdog.watching("a forward"):
                 return self._supervise(parts) if self._runner.projects else self._run(parts)
         except Exception as error:  # noqa: BLE001 - logged, and handed to whoever waits
             if is_alone:
@@ -217,7 +217,7 @@ class Pipeline:
         try:
             if part.job.is_over:
                 return
-            with about(part.job.subject), self._watchdog.watching(forwarded.task):
+            with log_context(part.job.log_context), self._watchdog.watching(forwarded.task):
                 answer = forwarded.project(self._runner, self._memory, self._order)
         except Exception as error:  # noqa: BLE001 - logged, and handed to whoever waits
             if is_alone and not isinstance(forwarded, FailedPart):
@@ -390,7 +390,7 @@ def engine_error(error: Exception) -> AdapterError:
 def log_failure(what: str, error: Exception, part: Part) -> None:
     """Log a part's failure with its frames, as text, since a handler may keep what it is given; ids are hidden."""
     frames = "".join(traceback.format_exception(error)).rstrip()
-    with about(part.job.subject):
+    with log_context(part.job.log_context):
         logger.error("%s\n%s", what, hide_ids(frames, part.job.request.input_ids))
 
 
