@@ -55,14 +55,14 @@ class Groups:
     @contextlib.contextmanager
     def in_the_midst(
         self, action: Callable[[], object] = bool, then: Fault = "pass", *, after: int = MIDST
-    ) -> Iterator[None]:
+    ) -> Iterator[Armed]:
         """Do something once, in the midst of the next batch that comes; then a connection goes on, or does not.
 
         While it is done, and longer with `hold`, there is no more of the batch anywhere that the client can reach.
         """
         armed = Armed(then, after, first=action)
         self._arm(armed)
-        yield
+        yield armed
         assert armed.left <= 0, "no batch came as far as its midst"
         self._arm(None)
 

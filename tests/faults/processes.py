@@ -157,7 +157,7 @@ def take_batch(
     target: RemoteEagle3TargetModel,
     moment: str,
     parent: Connection,
-    in_a_transfer: Callable[[Callable[[], object]], AbstractContextManager[None]],
+    in_a_transfer: Callable[[Callable[[], object]], AbstractContextManager[object]],
 ) -> None:
     """Take a batch and tell its total; wait before, during or after it until told to go on."""
 

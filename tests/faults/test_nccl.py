@@ -1,4 +1,4 @@
-"""Both ends of transport `nccl`, over TCP: killed, stopped and cut off, twenty times each."""
+"""Both ends of transport `nccl`, over TCP: killed, stopped and cut off, again and again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from eagle_target.colocated import RunnerEagle3TargetModel
 from eagle_target.errors import ConnectError, TransferTimeout, TransportError
 from eagle_target.testing.comparison import assert_same_batch
 from eagle_target.testing.tiny import EmbeddingRunner
-from tests.faults.nccl_ends import Footprint, Groups, client, proxied_groups, trainer_at
+from tests.faults.nccl_ends import SOON_SECONDS, Footprint, Groups, client, proxied_groups, trainer_at
 from tests.faults.processes import LARGE, ROWS, ServerUnderFault, faulty_server, total_of
 from tests.server.cases import wait_until
 
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from eagle_target.client.remote import RemoteEagle3TargetModel
     from eagle_target.contract.batch import Eagle3TargetBatch
 
+# As many answers as a leak is seen by.
 ROUNDS = 20
+# Of what needs a server that starts again, and leaves nothing of it to look for.
+STARTS = 4
 DEADLINE_SECONDS = 1.0
 
 
@@ -82,7 +85,7 @@ def test_clients_that_are_killed(server: ServerUnderFault, expected: Eagle3Targe
 def test_clients_that_stop_receiving_for_longer_than_the_deadline(
     server: ServerUnderFault, expected: Eagle3TargetBatch
 ) -> None:
-    at_a_time = 4
+    at_a_time = 10
     footprint = Footprint(server)
     with client(server.url) as bystander:
         for _ in range(ROUNDS // at_a_time):
@@ -105,8 +108,9 @@ def test_clients_that_stop_receiving_for_longer_than_the_deadline(
 def test_servers_that_are_killed_in_the_middle_of_a_transfer(
     server: ServerUnderFault, groups: Groups, expected: Eagle3TargetBatch
 ) -> None:
-    with faulty_server(LARGE, **settings()) as victim, client(victim.url, max_retries=0) as alone:
-        for _ in range(ROUNDS):
+    patient = settings(transfer_timeout=SOON_SECONDS)
+    with faulty_server(LARGE, **patient) as victim, client(victim.url, max_retries=0) as alone:
+        for _ in range(STARTS):
             with groups.in_the_midst(victim.kill, then="reset"), pytest.raises(ConnectError):
                 alone.generate_batch(**ROWS)
             victim.start()
@@ -122,8 +126,12 @@ def test_a_server_that_stops_in_the_middle_of_a_transfer_is_a_timeout(
 ) -> None:
     with faulty_server(LARGE, **settings()) as frozen, client(frozen.url, max_retries=0, timeout=1.5) as target:
         for _ in range(3):
-            with groups.in_the_midst(frozen.freeze, then="hold"), pytest.raises(TransferTimeout):
-                target.generate_batch(**ROWS)
+            with groups.in_the_midst(frozen.freeze, then="hold") as hold:
+                # On a busy machine a batch may be late before its midst.
+                while hold.left > 0:
+                    with pytest.raises(TransportError) as late:
+                        target.generate_batch(**ROWS)
+            assert isinstance(late.value, TransferTimeout)
             frozen.thaw()
             wait_until(lambda: recovers(target, expected), "a batch of the server that goes on")
         groups.release()
@@ -131,12 +139,12 @@ def test_a_server_that_stops_in_the_middle_of_a_transfer_is_a_timeout(
 
 def test_a_server_restarted_under_a_running_prefetch(expected: Eagle3TargetBatch) -> None:
     with faulty_server(LARGE, **settings()) as victim, client(victim.url, max_retries=8) as target:
-        for number, batch in enumerate(target.prefetch([ROWS] * (3 * ROUNDS), depth=3)):
+        for number, batch in enumerate(target.prefetch([ROWS] * (3 * STARTS), depth=3)):
             assert_same_batch(batch, expected)
             if number % 3 == 1:
                 victim.kill()
                 victim.start()
-        assert number == 3 * ROUNDS - 1
+        assert number == 3 * STARTS - 1
 
 
 @pytest.mark.parametrize("how", ["reset", "close"])

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from eagle_target.testing.transport_harness import ServerClient
 
 ROUNDS = 20
+# Of what needs a server that starts again.
+STARTS = 4
 
 
 def fetch_while(client: ServerClient, happens: Callable[[], object]) -> PackedTensors:
@@ -38,7 +40,7 @@ def fetch_while(client: ServerClient, happens: Callable[[], object]) -> PackedTe
 def test_a_killed_server_leaves_what_it_sent() -> None:
     expected, files = expected_answer(), abandoned_memory()
     with faulty_server(LARGE, transports=("shm",)) as server:
-        for number in range(ROUNDS):
+        for number in range(STARTS):
             if number:
                 server.start()
             with connect(server.url) as idle, connect(server.url) as reader, connect(server.url) as holder:
@@ -65,7 +67,7 @@ def test_a_stopped_server_does_not_matter_once_it_has_sent() -> None:
 
 def test_a_server_restarted_under_a_running_prefetch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(balancer, "FIRST_PAUSE_SECONDS", 0.02)
-    items = [rows_of(seed) for seed in range(4 * ROUNDS)]
+    items = [rows_of(seed) for seed in range(4 * STARTS)]
     with (
         faulty_server({"delay": 0.01}, transports=("shm",), max_batch_tokens=1) as victim,
         RemoteEagle3TargetModel.from_urls(

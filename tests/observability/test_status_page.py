@@ -170,6 +170,12 @@ class started:  # noqa: N801 - reads as the function it stands for
         self._server.close()
 
 
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[HttpServer]:
+    with loopback_server(TestRunner, token=TOKEN) as server:
+        yield server
+
+
 def basic(password: str, user: str = "anybody") -> dict[str, str]:
     return {"Authorization": "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()}
 
@@ -204,17 +210,15 @@ def test_a_browser_gets_in_with_the_token_as_password() -> None:
         {"Authorization": f"Digest {TOKEN}"},
     ],
 )
-def test_what_is_no_token_does_not_open_the_page(headers: dict[str, str]) -> None:
-    with loopback_server(TestRunner, token=TOKEN) as server:
-        assert ask(server.url, "GET", messages.STATUS, headers=headers).status == 401
+def test_what_is_no_token_does_not_open_the_page(guarded: HttpServer, headers: dict[str, str]) -> None:
+    assert ask(guarded.url, "GET", messages.STATUS, headers=headers).status == 401
 
 
 @pytest.mark.parametrize(("method", "path"), [("GET", messages.METRICS), ("GET", messages.TARGET), ("POST", "/")])
-def test_a_password_opens_nothing_else(method: str, path: str) -> None:
-    with loopback_server(TestRunner, token=TOKEN) as server:
-        answer = ask(server.url, method, path, b"" if method == "POST" else None, basic(TOKEN))
-        assert answer.status == 401
-        assert answer.headers["www-authenticate"] == "Bearer"
+def test_a_password_opens_nothing_else(guarded: HttpServer, method: str, path: str) -> None:
+    answer = ask(guarded.url, method, path, b"" if method == "POST" else None, basic(TOKEN))
+    assert answer.status == 401
+    assert answer.headers["www-authenticate"] == "Bearer"
 
 
 def test_clients_that_leave_are_gone_from_it() -> None:

@@ -11,4 +11,4 @@ from eagle_target.testing.transports import TransportConformance
 
 class TestWireTransport(TransportConformance):
     transport = WireTransport
-    large_bytes: ClassVar[int] = 1 << 30
+    large_bytes: ClassVar[int] = 256 << 20
