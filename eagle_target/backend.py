@@ -308,7 +308,8 @@ class RequestingBackend(Eagle3TargetBackend):
         request = rows.request(
             encoding=form.encoding, rows=form.rows, mapping=vocabulary.mapping, probs_dtype=form.probs_dtype
         )
-        request.check(self.info)
+        # The rows' own check has seen the ids.
+        request.check_but_ids(self.info)
         return rows, request, vocabulary.head
 
     def _assembler(self, rows: TrainerRows, request: SupervisionRequest, head: DraftHead | None) -> BatchAssembler:

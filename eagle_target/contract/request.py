@@ -56,11 +56,20 @@ class SupervisionRequest:
         )
 
     def check(self, info: TargetInfo) -> None:
-        """Refuse what the target cannot do.
+        """Refuse what the target cannot do: where a server takes a request from outside.
 
         Raises:
             ContractError: dtypes, shapes, lengths, ids or the encoding are wrong.
             VocabMappingError: the mapping is missing or for another vocabulary.
+        """
+        self.check_but_ids(info)
+        check_token_ids(self.input_ids, info.vocab_size)
+
+    def check_but_ids(self, info: TargetInfo) -> None:
+        """Refuse the same but for ids outside the vocabulary: where the trainer's rows were checked for them.
+
+        Raises:
+            ContractError, VocabMappingError: as for `check`.
         """
         _check_packed("input_ids", self.input_ids, torch.int64, self.tokens)
         _check_packed("row_mask", self.row_mask, torch.bool, self.tokens)
@@ -74,7 +83,6 @@ class SupervisionRequest:
                 f"a sequence has {max(self.seq_lens)} tokens, the target takes {info.max_seq_len}: truncate it, or "
                 "serve the target with a longer context"
             )
-        check_token_ids(self.input_ids, info.vocab_size)
         self._check_encoding(info)
 
     def _check_encoding(self, info: TargetInfo) -> None:
@@ -91,7 +99,10 @@ class SupervisionRequest:
 
 
 def check_token_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
-    """Refuse ids outside the vocabulary.
+    """Refuse ids outside the vocabulary: an engine would read past its embedding.
+
+    Called once a trust boundary: of the trainer's rows (`compute.layout.read_trainer_rows`), and of a request that a
+    server takes from outside (`SupervisionRequest.check`). Nothing in between looks at the ids again.
 
     Raises:
         ContractError: names the id, its index and the range.

@@ -160,7 +160,7 @@ def head_digest(token_ids: torch.Tensor) -> str:
 
 
 def encode_request(request: SupervisionRequest) -> list[memoryview]:
-    """A supervision request as a safetensors body in parts."""
+    """A supervision request as a safetensors body in parts: over HTTP, and to the processes of an engine."""
     tensors = {
         "input_ids": request.input_ids,
         "seq_lens": torch.tensor(request.seq_lens, dtype=torch.int64),
@@ -174,6 +174,8 @@ def encode_request(request: SupervisionRequest) -> list[memoryview]:
 
 def decode_request(body: memoryview, find_mapping: Callable[[str], VocabMapping]) -> SupervisionRequest:
     """Read a supervision request; `row_mask` may be left out for all rows but each sequence's first.
+
+    The tensors are views of the body. Whoever takes it from outside goes on with `SupervisionRequest.check`.
 
     Raises:
         ProtocolError: the body is not safetensors.

@@ -75,6 +75,13 @@ def test_bad_request_is_refused_with_its_value(changes: dict[str, Any], message:
         request(**changes).check(RUNNER.info)
 
 
+def test_ids_are_left_to_whoever_checked_the_rows_and_nothing_else_is() -> None:
+    unknown = torch.tensor([0, 1, VOCAB, 2, 3, 4, 5])
+    request(input_ids=unknown).check_but_ids(RUNNER.info)
+    with pytest.raises(ContractError, match="add up to 6"):
+        request(input_ids=unknown, seq_lens=(5, 1)).check_but_ids(RUNNER.info)
+
+
 def test_too_long_sequence_is_refused() -> None:
     row_mask = torch.ones(10, dtype=torch.bool)
     request(input_ids=ids_of(10), seq_lens=(1, 9), row_mask=row_mask).check(RUNNER.info)
