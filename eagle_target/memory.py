@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 import weakref
+from bisect import bisect_left
 from collections import OrderedDict
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -79,6 +80,66 @@ def tensor_in(
     part = memoryview(memory)[offset : offset + size]
     weakref.finalize(part, released, *arguments).atexit = False
     return torch.frombuffer(part, dtype=torch.uint8).view(dtype).view(tuple(shape))
+
+
+class Extents:
+    """Which bytes of a block are free, from `start` to `end`."""
+
+    def __init__(self, start: int, end: int) -> None:
+        self._whole = [(start, end)]
+        self._free = [(start, end)]
+
+    @property
+    def largest(self) -> int:
+        """The most that `take` can be asked for."""
+        return max((end - start for start, end in self._free), default=0)
+
+    @property
+    def free_bytes(self) -> int:
+        """All that is free."""
+        return sum(end - start for start, end in self._free)
+
+    @property
+    def is_free(self) -> bool:
+        """Whether nothing is taken."""
+        return self._free == self._whole
+
+    def take(self, size: int) -> int | None:
+        """Where bytes begin that are free no more: of the smallest free part that has room; None where none has."""
+        fitting = [part for part in self._free if part[1] - part[0] >= size]
+        return self._cut(min(fitting, key=lambda part: part[1] - part[0]), 0, size) if fitting else None
+
+    def take_low(self, size: int, alignment: int) -> int | None:
+        """As `take`, at the lowest place there is, a multiple of the alignment."""
+        for part in self._free:
+            padding = -part[0] % alignment
+            if part[0] + padding + size <= part[1]:
+                return self._cut(part, padding, size)
+        return None
+
+    def take_high(self, size: int) -> int | None:
+        """As `take`, at the highest place there is."""
+        for part in reversed(self._free):
+            if part[1] - size >= part[0]:
+                return self._cut(part, part[1] - size - part[0], size)
+        return None
+
+    def give_back(self, offset: int, size: int) -> None:
+        """Make bytes free again."""
+        index = bisect_left(self._free, (offset, offset))
+        start, end = offset, offset + size
+        if index < len(self._free) and self._free[index][0] == end:
+            end = self._free.pop(index)[1]
+        if index and self._free[index - 1][1] == start:
+            index -= 1
+            start = self._free.pop(index)[0]
+        self._free.insert(index, (start, end))
+
+    def _cut(self, part: tuple[int, int], skipped: int, size: int) -> int:
+        index, offset = bisect_left(self._free, part), part[0] + skipped
+        left = ((part[0], offset), (offset + size, part[1]))
+        self._free[index : index + 1] = [(start, end) for start, end in left if start < end]
+        return offset
 
 
 class BufferPool:
@@ -262,12 +323,12 @@ class PinnedPool:
         self._collect()
         padded = -(-size // ALIGNMENT) * ALIGNMENT
         with self._lock:
-            fitting = [] if self._closed else [slab for slab in self._slabs if slab.largest >= padded]
+            fitting = [] if self._closed else [slab for slab in self._slabs if slab.free.largest >= padded]
             # The fullest, so that others become free as a whole.
-            slab = min(fitting, key=lambda one: one.free_bytes, default=None) or self._add(padded)
-            if slab is None:
-                return self._pageable.allocate(shape, dtype)
-            offset = slab.take(padded)
+            slab = min(fitting, key=lambda one: one.free.free_bytes, default=None) or self._add(padded)
+            offset = None if slab is None else slab.free.take(padded)
+        if slab is None or offset is None:
+            return self._pageable.allocate(shape, dtype)
         return tensor_in(slab.block, offset, shape, dtype, self._give_back, slab, offset, padded)
 
     def trim(self, idle_seconds: float) -> None:
@@ -343,47 +404,21 @@ class PinnedPool:
 
 
 class _Slab:
-    """A registered block of memory and which parts of it are free. free_since: when it was last used."""
+    """A registered block of memory. free: which parts of it are. free_since: when it was last used."""
 
     def __init__(self, device: torch.device, size: int) -> None:
         self.block = new_block(size)
         self.size = size
         self.registration = Registration(device, self.block)
+        self.free = Extents(0, size)
         self.free_since = time.monotonic()
-        self._free = [(0, size)]
-
-    @property
-    def largest(self) -> int:
-        """The most that `take` can be asked for."""
-        return max((end - start for start, end in self._free), default=0)
-
-    @property
-    def free_bytes(self) -> int:
-        """All that is free."""
-        return sum(end - start for start, end in self._free)
 
     @property
     def is_free(self) -> bool:
         """Whether nothing is in it."""
-        return self._free == [(0, self.size)]
-
-    def take(self, size: int) -> int:
-        """Where a part of it begins that is free no more: of the smallest free one that is large enough."""
-        index = min(
-            (index for index, (start, end) in enumerate(self._free) if end - start >= size),
-            key=lambda number: self._free[number][1] - self._free[number][0],
-        )
-        start, end = self._free[index]
-        self._free[index : index + 1] = [(start + size, end)] if start + size < end else []
-        return start
+        return self.free.is_free
 
     def give_back(self, offset: int, size: int) -> None:
         """Make a part free again."""
-        merged: list[tuple[int, int]] = []
-        for start, end in sorted([*self._free, (offset, offset + size)]):
-            if merged and merged[-1][1] == start:
-                merged[-1] = (merged[-1][0], end)
-            else:
-                merged.append((start, end))
-        self._free = merged
+        self.free.give_back(offset, size)
         self.free_since = time.monotonic()

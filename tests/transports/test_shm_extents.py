@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 
-from eagle_target_shm.extents import LARGE_ALIGNMENT, Extents, padded
+from eagle_target_shm.extents import LARGE_ALIGNMENT, padded, place
+
+from eagle_target.memory import Extents
 
 END = 64 << 20
 
@@ -19,7 +21,7 @@ def test_random_blocks_never_overlap_and_all_room_comes_back() -> None:
             free.give_back(offset, taken.pop(offset))
         else:
             size = padded(draw.choice([1, 64, 100, 5000, LARGE_ALIGNMENT, 3 * LARGE_ALIGNMENT + 1]))
-            offset = free.take(size) or 0
+            offset = place(free, size) or 0
             if offset:
                 assert offset >= LARGE_ALIGNMENT
                 assert offset + size <= END
@@ -28,12 +30,12 @@ def test_random_blocks_never_overlap_and_all_room_comes_back() -> None:
                 taken[offset] = size
     for offset, size in taken.items():
         free.give_back(offset, size)
-    assert free.take(END - LARGE_ALIGNMENT) == LARGE_ALIGNMENT
-    assert free.take(64) is None
+    assert place(free, END - LARGE_ALIGNMENT) == LARGE_ALIGNMENT
+    assert place(free, 64) is None
 
 
 def test_small_blocks_leave_room_for_large_ones() -> None:
     free = Extents(0, END)
     for _ in range(100):
-        free.take(64)
-    assert free.take(END - LARGE_ALIGNMENT) == 0
+        place(free, 64)
+    assert place(free, END - LARGE_ALIGNMENT) == 0

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from eagle_target.errors import ConnectError
-from eagle_target_shm.extents import Extents, padded
+from eagle_target.memory import Extents
+from eagle_target_shm.extents import padded, place
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -199,7 +200,7 @@ class Arena:
             self._drop(block)
 
     def _place(self, size: int) -> Block | None:
-        offset = self._free.take(padded(size))
+        offset = place(self._free, padded(size))
         if offset is None:
             return None
         block = self._blocks[offset] = Block(offset, padded(size))
