@@ -49,7 +49,8 @@ test: lint
 	$(MAKE) test-engines
 
 test-core: $(READY)
-	$(BIN)/python -m pytest tests/core tests/vocab tests/test_tensor_format.py tests/test_config.py tests/test_plugins.py
+	$(BIN)/python -m pytest tests/contract tests/compute tests/protocol tests/plugins tests/memory tests/backend tests/vocab \
+		tests/checkpoints tests/test_config.py
 
 # What a class loads once stays on one worker.
 test-cuda-sim: $(READY)

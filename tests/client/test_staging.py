@@ -13,7 +13,7 @@ from eagle_target.client.remote import RemoteEagle3TargetModel
 from eagle_target.compute.assembly import StagedSink
 from eagle_target.testing.server import loopback_server
 from eagle_target.testing.tiny import EmbeddingRunner
-from tests.cuda_runtime import CUDA, Runtime
+from tests.memory.cuda_runtime import CUDA, Runtime
 
 if TYPE_CHECKING:
     from eagle_target.compute.assembly import BatchAssembler

@@ -268,7 +268,7 @@ MUTANTS = (
         "eagle_target/server/engine/answer.py",
         "return self._pool.allocate(shape, dtype)",
         "return torch.empty(tuple(shape), dtype=dtype, pin_memory=self.pinned)",
-        ("tests/server/test_pinned_answers.py::test_answers_lie_in_pinned_memory_that_is_given_back",),
+        ("tests/server/engine/test_pinned_answers.py::test_answers_lie_in_pinned_memory_that_is_given_back",),
     ),
     Mutant(
         "F18: a client's staging is pageable",
@@ -289,28 +289,28 @@ MUTANTS = (
         "eagle_target/memory.py",
         "-(-size // ROUNDING_BYTES) * ROUNDING_BYTES)",
         "1 << (size - 1).bit_length())",
-        ("tests/core/test_pinned.py::test_memory_is_not_rounded_to_powers_of_two",),
+        ("tests/memory/test_pinned.py::test_memory_is_not_rounded_to_powers_of_two",),
     ),
     Mutant(
         "F18: memory in use is given back",
         "eagle_target/memory.py",
         "if slab.is_free and slab.free_since <= oldest])",
         "if slab.free_since <= oldest])",
-        ("tests/core/test_pinned.py::test_trimming_gives_back_what_nothing_is_in",),
+        ("tests/memory/test_pinned.py::test_trimming_gives_back_what_nothing_is_in",),
     ),
     Mutant(
         "F18: a failed supervision leaves copies under way",
         "eagle_target/server/engine/pipeline.py",
         "            self._order.settle()\n",
         "",
-        ("tests/server/test_pinned_answers.py::test_a_runner_that_fails_half_way_leaves_no_copy_under_way",),
+        ("tests/server/engine/test_pinned_answers.py::test_a_runner_that_fails_half_way_leaves_no_copy_under_way",),
     ),
     Mutant(
         "F24: CUDA's last error is left",
         "eagle_target/memory.py",
         "            _clear_last_error()\n",
         "",
-        ("tests/core/test_pinned.py::test_a_failure_leaves_no_error_for_the_next_kernel",),
+        ("tests/memory/test_pinned.py::test_a_failure_leaves_no_error_for_the_next_kernel",),
     ),
 )
 

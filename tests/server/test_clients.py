@@ -69,7 +69,7 @@ def test_a_client_that_stops_reading_holds_its_own_room_only() -> None:
             answer = ask(server.url, "POST", messages.SUPERVISION, body, {messages.CLIENT: "quick"})
             assert (answer.status, len(answer.body) > ANSWER_BYTES) == (200, True)
         assert server.engine.waiting == 1
-        # It is gone, and its room comes back. tests/server/test_live_answers.py has one that is dropped.
+        # It is gone, and its room comes back. tests/server/engine/test_live_answers.py has one that is dropped.
         for connection in stalled:
             connection.close()
         wait_until(lambda: metric(server.url, "eagle_target_outbox_bytes") == 0)

@@ -15,9 +15,9 @@ from eagle_target.errors import AdapterError
 from eagle_target.protocol import messages
 from eagle_target.server.run import HttpServer
 from eagle_target.testing.server import loopback_server
-from tests.observability.traffic import BATCHES, busy_server, client_of
 from tests.server.cases import TestRunner, wait_until
 from tests.server.http import Answer, ask, connected, read_until_closed
+from tests.server.traffic import BATCHES, busy_server, client_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

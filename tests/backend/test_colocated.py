@@ -20,7 +20,7 @@ from eagle_target.plugins.adapter import Adapter
 from eagle_target.plugins.options import PluginOptions
 from eagle_target.testing.comparison import assert_same_batch
 from eagle_target.testing.tiny import EmbeddingRunner, shuffled_mapping
-from tests.core.layouts import LAYOUTS, mask_of, packed_masks, padded_masks
+from tests.compute.layouts import LAYOUTS, mask_of, packed_masks, padded_masks
 from tests.oracle import assert_matches, oracle_batch
 
 if TYPE_CHECKING:

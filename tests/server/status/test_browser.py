@@ -14,8 +14,8 @@ import pytest
 
 from eagle_target.server.status import page
 from eagle_target.testing.server import loopback_server
-from tests.observability.traffic import busy_server
 from tests.server.cases import TestRunner
+from tests.server.traffic import busy_server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -15,7 +15,7 @@ from eagle_target.server.engine import answer
 from eagle_target.server.engine.answer import Answer, HostMemory
 from eagle_target.server.engine.pipeline import DeviceOrder
 from eagle_target.testing.tiny import EmbeddingRunner
-from tests.cuda_runtime import CUDA, Runtime
+from tests.memory.cuda_runtime import CUDA, Runtime
 from tests.server.cases import ENGINE_THREAD, engine, request_of
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from eagle_target.contract.request import PROBS_DTYPES
 from eagle_target.contract.sinks import PackedTensors
 from eagle_target.errors import ContractError, ProtocolError, VocabMappingError
 from eagle_target.testing.tiny import EmbeddingRunner, shuffled_mapping
-from tests.core.layouts import LAYOUTS, mask_of
+from tests.compute.layouts import LAYOUTS, mask_of
 from tests.oracle import assert_matches, oracle_batch
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from eagle_target_inprocess.transport import process_identity
 
 from eagle_target.protocol import messages
 from eagle_target.testing.server import loopback_server
-from tests.observability.traffic import BATCHES, busy_server, documented_metrics, metric, metrics_text
 from tests.server.cases import TestRunner, mapping_of, request_of
 from tests.server.http import ask, body_of, put_mapping
+from tests.server.traffic import BATCHES, busy_server, documented_metrics, metric, metrics_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

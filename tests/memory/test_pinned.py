@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from eagle_target.memory import ROUNDING_BYTES, SLAB_BYTES, PinnedPool, Registration, new_block
-from tests.cuda_runtime import CUDA, Runtime
+from tests.memory.cuda_runtime import CUDA, Runtime
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

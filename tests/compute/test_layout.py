@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from eagle_target.compute.layout import RowLayout, lay_out_rows
 from eagle_target.errors import ContractError
-from tests.core.layouts import mask_of, packed_masks, padded_masks
+from tests.compute.layouts import mask_of, packed_masks, padded_masks
 from tests.oracle import documents_of_row
 
 
