@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from typing_extensions import override
 
 from eagle_target.contract.runner import DraftHead, TargetForward, TargetRunner
 from eagle_target.contract.target import TargetInfo, validate_aux_layer_ids
 from eagle_target.errors import AdapterError
+from eagle_target.protocol.messages import encode_mapping, encode_request
 from eagle_target_sglang.batching import PoolLimits
 from eagle_target_sglang.loading import free_port
 from eagle_target_sglang.ranks import RankGroup
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import torch
 
     from eagle_target.contract.request import SupervisionRequest
     from eagle_target.contract.sinks import Sink
@@ -93,15 +93,12 @@ class IsolatedTargetRunner(TargetRunner):
             AdapterError: as for `forward_eagle3`.
         """
         self._check([length for request in requests for length in request.seq_lens])
-        tensors: dict[str, torch.Tensor] = {}
+        bodies: dict[str, torch.Tensor] = {}
         for index, request in enumerate(requests):
-            tensors[f"{index}.input_ids"] = request.input_ids
-            tensors[f"{index}.row_mask"] = request.row_mask
-            if request.mapping is not None:
-                tensors[f"{index}.token_ids"] = request.mapping.selected_token_ids
-        header, given = self._group.call(
-            {"command": "supervise", "requests": [_describe(request) for request in requests]}, tensors
-        )
+            bodies[str(index)] = _as_tensor(encode_request(request))
+            if request.mapping is not None and request.mapping.sha256 not in bodies:
+                bodies[request.mapping.sha256] = _as_tensor(encode_mapping(request.mapping))
+        header, given = self._group.call({"command": "supervise", "requests": len(requests)}, bodies)
         for name, tensor in given.items():
             number, _, plain_name = name.partition(".")
             sinks[int(number)].put(plain_name, tensor)
@@ -146,11 +143,5 @@ class IsolatedTargetRunner(TargetRunner):
         self.limits.check(seq_lens)
 
 
-def _describe(request: SupervisionRequest) -> dict[str, Any]:
-    return {
-        "seq_lens": list(request.seq_lens),
-        "encoding": request.encoding,
-        "probs_dtype": str(request.probs_dtype).removeprefix("torch."),
-        "mapping": None if request.mapping is None else request.mapping.sha256,
-        "vocab_size": None if request.mapping is None else request.mapping.vocab_size,
-    }
+def _as_tensor(body: list[memoryview]) -> torch.Tensor:
+    return torch.frombuffer(bytearray(b"".join(body)), dtype=torch.uint8)

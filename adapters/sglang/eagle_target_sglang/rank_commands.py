@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from eagle_target.compute.supervise import check_forward, split_forward, store_supervision
-from eagle_target.contract.request import SupervisionRequest
 from eagle_target.contract.sinks import RowStore
-from eagle_target.contract.vocab_mapping import VocabMapping
 from eagle_target.errors import AdapterError
+from eagle_target.protocol.messages import decode_mapping, decode_request
+from eagle_target.protocol.tensors import tensor_bytes
 from eagle_target_sglang.loading import load_in_process
 from eagle_target_sglang.messages import SharedTensors, share
 from eagle_target_sglang.options import SGLangOptions
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from eagle_target.contract.sinks import Sink
+    from eagle_target.contract.vocab_mapping import VocabMapping
     from eagle_target_sglang.runner import SGLangTargetRunner
 
     Tensors = dict[str, torch.Tensor]
@@ -85,7 +86,11 @@ class RankCommands:
         return {"plain": True, "logit_scale": head.logit_scale, "soft_cap": head.soft_cap}, shared
 
     def _supervise(self, runner: SGLangTargetRunner, header: dict[str, Any], tensors: Tensors) -> Result:
-        requests = [self._request(index, fields, tensors) for index, fields in enumerate(header["requests"])]
+        # Checked where they came from outside: this process belongs to the server that sends them.
+        requests = [
+            decode_request(tensor_bytes(tensors[str(index)]), lambda sha256: self._mapping(sha256, tensors))
+            for index in range(header["requests"])
+        ]
         started = time.perf_counter()
         with torch.no_grad():
             forward = runner.forward_eagle3(
@@ -103,23 +108,12 @@ class RankCommands:
         timings = {"forward": forward_seconds, "projection": time.perf_counter() - started - forward_seconds}
         return {"timings": timings}, shared
 
-    def _request(self, index: int, fields: dict[str, Any], tensors: Tensors) -> SupervisionRequest:
-        mapping: VocabMapping | None = None
-        if fields["mapping"] is not None:
-            mapping = self._mappings.get(fields["mapping"])
-            if mapping is None:
-                mapping = VocabMapping.from_ids(tensors[f"{index}.token_ids"].clone(), fields["vocab_size"])
-                while len(self._mappings) >= KEPT_MAPPINGS:
-                    self._mappings.pop(next(iter(self._mappings)))
-                self._mappings[fields["mapping"]] = mapping
-        return SupervisionRequest(
-            input_ids=tensors[f"{index}.input_ids"],
-            seq_lens=tuple(fields["seq_lens"]),
-            row_mask=tensors[f"{index}.row_mask"],
-            encoding=fields["encoding"],
-            mapping=mapping,
-            probs_dtype=getattr(torch, fields["probs_dtype"]),
-        )
+    def _mapping(self, sha256: str, tensors: Tensors) -> VocabMapping:
+        if sha256 not in self._mappings:
+            while len(self._mappings) >= KEPT_MAPPINGS:
+                self._mappings.pop(next(iter(self._mappings)))
+            self._mappings[sha256] = decode_mapping(tensor_bytes(tensors[sha256]))
+        return self._mappings[sha256]
 
     def _give(self, tensors: Tensors) -> Result:
         return {}, share(tensors, self._copier) if self._answers else None
