@@ -11,10 +11,11 @@ import queue
 import threading
 import time
 import weakref
+from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections import OrderedDict
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 SMALL_BYTES = 1 << 20
 ROUNDING_BYTES = 2 << 20
 # An idle block may be larger than what is asked for by this part of it: answers rarely have the same size twice.
-SPARE_PART = 4
+SPARE_PART = 1 / 4
 logger = logging.getLogger(__name__)
 # Pinning takes a second for some 4 GiB, so that memory for small tensors is pinned together.
 SLAB_BYTES = 64 << 20
@@ -37,6 +38,9 @@ OUT_OF_MEMORY, OPERATING_SYSTEM, ALREADY_REGISTERED = 2, 304, 712
 NO_RUNTIME = (RuntimeError, AssertionError)
 # Memory that CUDA does not let go of: it must not be unmapped, or what is mapped there next would be taken for pinned.
 _kept: list[object] = []
+
+Block = TypeVar("Block")
+Returned = TypeVar("Returned")
 
 
 def trim_heap() -> bool:
@@ -142,7 +146,87 @@ class Extents:
         return offset
 
 
-class BufferPool:
+class IdleBlocks(Generic[Block]):
+    """Blocks that nothing is in, kept for later. One thread at a time.
+
+    Args:
+        spare: a block may be larger than what is asked for by this many times as much.
+        max_bytes, max_blocks: that are kept; beyond them blocks of the size not used for longest go.
+    """
+
+    def __init__(self, *, spare: float, max_bytes: float = math.inf, max_blocks: float = math.inf) -> None:
+        self._spare = spare
+        self._max_bytes = max_bytes
+        self._max_blocks = max_blocks
+        # By size, the size used last at the end; each block with the time at which it came back.
+        self._by_size: OrderedDict[int, list[tuple[float, Block]]] = OrderedDict()
+        self._count = 0
+        self.nbytes = 0
+
+    def take(self, size: int) -> Block | None:
+        """The smallest block that will do for so many bytes; None where there is none."""
+        fitting = min((idle for idle in self._by_size if size <= idle <= size + size * self._spare), default=None)
+        if fitting is None:
+            return None
+        self._by_size.move_to_end(fitting)
+        return self._remove(fitting, -1)
+
+    def put(self, size: int, block: Block) -> list[Block]:
+        """Keep a block; those that are kept no more, which may be this one."""
+        if size > self._max_bytes:
+            return [block]
+        gone = []
+        while self.nbytes + size > self._max_bytes or self._count >= self._max_blocks:
+            gone.append(self._remove(next(iter(self._by_size)), 0))
+        self._by_size.setdefault(size, []).append((time.monotonic(), block))
+        self._by_size.move_to_end(size)
+        self._count += 1
+        self.nbytes += size
+        return gone
+
+    def trim(self, idle_seconds: float) -> None:
+        """Drop blocks that nothing has used for that long."""
+        oldest = time.monotonic() - idle_seconds
+        for size, blocks in list(self._by_size.items()):
+            for _ in [entry for entry in blocks if entry[0] <= oldest]:
+                self._remove(size, 0)
+
+    def _remove(self, size: int, index: int) -> Block:
+        blocks = self._by_size[size]
+        _, block = blocks.pop(index)
+        if not blocks:
+            del self._by_size[size]
+        self._count -= 1
+        self.nbytes -= size
+        return block
+
+
+class _Pool(ABC, Generic[Returned]):
+    """Makes free what comes back.
+
+    A tensor may die, and with it return memory, in the middle of anything, in any thread, also of this pool's work.
+    So what it returns is queued, and made free by a call that has the lock.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._returned: queue.SimpleQueue[Returned] = queue.SimpleQueue()
+        self._closed = False
+
+    def _collect(self) -> None:
+        """Make free what was given back, unless another call is at it, which then does this, too."""
+        while not self._returned.empty() and self._lock.acquire(blocking=False):
+            try:
+                self._take_back([self._returned.get_nowait() for _ in range(self._returned.qsize())])
+            finally:
+                self._lock.release()
+
+    @abstractmethod
+    def _take_back(self, returned: Sequence[Returned]) -> None:
+        """Make parts free; the lock is held, so nobody else takes from the queue."""
+
+
+class BufferPool(_Pool[mmap.mmap]):
     """Allocates tensors whose memory comes back when the last tensor that shares it is gone.
 
     Args:
@@ -150,67 +234,49 @@ class BufferPool:
     """
 
     def __init__(self, max_idle_bytes: int = 2 << 30) -> None:
-        self._max_idle_bytes = max_idle_bytes
-        # By size, the size used last at the end; each block with the time at which it came back.
-        self._idle: OrderedDict[int, list[tuple[float, mmap.mmap]]] = OrderedDict()
-        # A tensor may die, and with it return memory, while this very thread allocates.
-        self._lock = threading.RLock()
-        self._closed = False
-        self.idle_bytes = 0
+        super().__init__()
+        self._idle = IdleBlocks[mmap.mmap](spare=SPARE_PART, max_bytes=max_idle_bytes)
+
+    @property
+    def idle_bytes(self) -> int:
+        """Memory that is kept for later."""
+        self._collect()
+        return self._idle.nbytes
 
     def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Return an uninitialised CPU tensor; small ones come from torch's own allocator."""
         size = math.prod(shape) * dtype.itemsize
         if size < SMALL_BYTES:
             return torch.empty(tuple(shape), dtype=dtype)
-        block = self._take(-(-size // ROUNDING_BYTES) * ROUNDING_BYTES)
+        rounded = -(-size // ROUNDING_BYTES) * ROUNDING_BYTES
+        self._collect()
+        with self._lock:
+            block = self._idle.take(rounded)
+        if block is None:
+            block = new_block(rounded)
         return tensor_in(block, 0, shape, dtype, self._give_back, block)
 
     def close(self) -> None:
         """Give idle memory back; what is in use follows when it is let go of."""
+        self._closed = True
+        self._collect()
         with self._lock:
-            self._closed = True
-            self._idle.clear()
-            self.idle_bytes = 0
+            self._idle.trim(0)
 
     def trim(self, idle_seconds: float) -> None:
         """Give back memory that nothing has used for that long."""
-        oldest = time.monotonic() - idle_seconds
+        self._collect()
         with self._lock:
-            for size, blocks in list(self._idle.items()):
-                kept = [entry for entry in blocks if entry[0] > oldest]
-                self.idle_bytes -= size * (len(blocks) - len(kept))
-                self._idle[size] = kept
-                if not kept:
-                    del self._idle[size]
-
-    def _take(self, size: int) -> mmap.mmap:
-        with self._lock:
-            fitting = min((idle for idle in self._idle if size <= idle <= size + size // SPARE_PART), default=None)
-            if fitting is not None:
-                blocks = self._idle[fitting]
-                _, block = blocks.pop()
-                self.idle_bytes -= fitting
-                self._idle.move_to_end(fitting)
-                if not blocks:
-                    del self._idle[fitting]
-                return block
-        return new_block(size)
+            self._idle.trim(idle_seconds)
 
     def _give_back(self, block: mmap.mmap) -> None:
-        size = len(block)
-        with self._lock:
-            if self._closed or size > self._max_idle_bytes:
-                return
-            while self.idle_bytes + size > self._max_idle_bytes:
-                oldest, blocks = next(iter(self._idle.items()))
-                del blocks[0]
-                self.idle_bytes -= oldest
-                if not blocks:
-                    del self._idle[oldest]
-            self.idle_bytes += size
-            self._idle.setdefault(size, []).append((time.monotonic(), block))
-            self._idle.move_to_end(size)
+        self._returned.put(block)
+        self._collect()
+
+    def _take_back(self, returned: Sequence[mmap.mmap]) -> None:
+        if not self._closed:
+            for block in returned:
+                self._idle.put(len(block), block)
 
 
 class Registration:
@@ -286,7 +352,7 @@ def _hint(status: int) -> str:
     return "" if limit == resource.RLIM_INFINITY else f": the process may lock {limit} bytes (RLIMIT_MEMLOCK)"
 
 
-class PinnedPool:
+class PinnedPool(_Pool["tuple[_Slab, int, int]"]):
     """Allocates pinned tensors whose memory comes back when the last tensor that shares it is gone.
 
     It is cut from slabs. A slab that nothing is in is kept for later, or given back to the system. Memory is used
@@ -298,16 +364,13 @@ class PinnedPool:
     """
 
     def __init__(self, device: torch.device, *, slab_bytes: int = SLAB_BYTES, max_idle_bytes: int = 2 << 30) -> None:
+        super().__init__()
         self._device = device
         self._slab_bytes = slab_bytes
         self._max_idle_bytes = max_idle_bytes
         self._slabs: list[_Slab] = []
-        self._lock = threading.Lock()
-        # A tensor may die, and with it return memory, in the middle of anything, in any thread.
-        self._returned: queue.SimpleQueue[tuple[_Slab, int, int]] = queue.SimpleQueue()
         self._pageable = BufferPool(max_idle_bytes)
         self._has_failed = False
-        self._closed = False
 
     @property
     def pinned_bytes(self) -> int:
@@ -371,20 +434,8 @@ class PinnedPool:
         if self._closed:
             self._collect()
 
-    def _collect(self) -> None:
-        """Make free what was given back, unless another call is at it, which then does this, too."""
-        while not self._returned.empty() and self._lock.acquire(blocking=False):
-            try:
-                self._take_back()
-            finally:
-                self._lock.release()
-
-    def _take_back(self) -> None:
-        while True:
-            try:
-                slab, offset, size = self._returned.get_nowait()
-            except queue.Empty:
-                break
+    def _take_back(self, returned: Sequence[tuple[_Slab, int, int]]) -> None:
+        for slab, offset, size in returned:
             slab.give_back(offset, size)
         free = sorted((slab for slab in self._slabs if slab.is_free), key=lambda slab: slab.free_since)
         kept = 0 if self._closed else self._max_idle_bytes

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from eagle_target.memory import ROUNDING_BYTES, SMALL_BYTES, BufferPool, trim_heap
+from eagle_target.memory import ROUNDING_BYTES, SMALL_BYTES, BufferPool, IdleBlocks, trim_heap
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -202,6 +202,26 @@ def test_memory_that_nothing_uses_for_a_while_goes() -> None:
     assert pool.idle_bytes == ROUNDING_BYTES
     pool.trim(0)
     assert pool.idle_bytes == 0
+
+
+def test_blocks_are_kept_up_to_a_number_and_those_that_go_are_told() -> None:
+    idle = IdleBlocks[str](spare=3, max_blocks=2)
+    assert [idle.put(10, "a"), idle.put(20, "b"), idle.put(10, "c")] == [[], [], ["a"]]
+    assert (idle.take(21), idle.take(2), idle.take(10), idle.take(5)) == (None, None, "c", "b")
+    assert idle.nbytes == 0
+
+
+def test_blocks_are_kept_up_to_a_size_and_those_that_go_are_told() -> None:
+    idle = IdleBlocks[str](spare=0, max_bytes=30)
+    assert [idle.put(10, "a"), idle.put(20, "b"), idle.put(31, "c"), idle.put(15, "d")] == [[], [], ["c"], ["a", "b"]]
+    assert (idle.nbytes, idle.take(10), idle.take(15)) == (15, None, "d")
+
+
+def test_the_block_that_came_back_last_is_taken_first() -> None:
+    idle = IdleBlocks[str](spare=0)
+    for name in "abc":
+        idle.put(10, name)
+    assert [idle.take(10) for _ in range(4)] == ["c", "b", "a", None]
 
 
 def test_free_memory_of_the_heap_goes() -> None:

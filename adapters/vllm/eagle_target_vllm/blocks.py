@@ -8,7 +8,7 @@ import weakref
 from itertools import count
 from typing import TYPE_CHECKING
 
-from eagle_target.memory import Registration
+from eagle_target.memory import IdleBlocks, Registration
 from eagle_target_vllm.memory import ALIGNMENT, EngineBlock
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 # Blocks that lie ready; one is used for an answer of down to a quarter of its size.
 KEPT_BLOCKS = 4
-WASTE = 4
+SPARE = 3
 # Serial of a block that is opened for one call and not kept.
 UNKEPT = 0
 
@@ -44,7 +44,7 @@ class BlockPool:
         self._serials = count(UNKEPT + 1)
         # A put from a finalizer may come in the middle of anything, in any thread.
         self._returned: queue.SimpleQueue[tuple[int, EngineBlock]] = queue.SimpleQueue()
-        self._free: dict[int, EngineBlock] = {}
+        self._idle = IdleBlocks[tuple[int, EngineBlock]](spare=SPARE, max_blocks=KEPT_BLOCKS)
         self._dropped: list[int] = []
 
     def lease(self, size: int) -> Lease:
@@ -55,12 +55,7 @@ class BlockPool:
         """
         self._collect()
         size = max(size, ALIGNMENT)
-        fitting = [serial for serial, block in self._free.items() if size <= block.size <= WASTE * size]
-        serial = min(fitting, key=lambda number: self._free[number].size, default=UNKEPT)
-        if serial == UNKEPT:
-            serial, block = next(self._serials), EngineBlock.create(_rounded(size))
-        else:
-            block = self._free.pop(serial)
+        serial, block = self._idle.take(size) or (next(self._serials), EngineBlock.create(_rounded(size)))
         view = memoryview(block.map)
         weakref.finalize(view, self._returned.put, (serial, block)).atexit = False
         return Lease(block, serial, view)
@@ -73,11 +68,9 @@ class BlockPool:
     def _collect(self) -> None:
         while not self._returned.empty():
             serial, block = self._returned.get()
-            self._free[serial] = block
-        while len(self._free) > KEPT_BLOCKS:
-            oldest = next(iter(self._free))
-            self._free.pop(oldest).release()
-            self._dropped.append(oldest)
+            for dropped, gone in self._idle.put(block.size, (serial, block)):
+                gone.release()
+                self._dropped.append(dropped)
 
 
 class OpenBlocks:
