@@ -9,7 +9,7 @@ import pytest
 import torch
 from eagle_target_vllm import VLLMAdapter
 from eagle_target_vllm.connector import NUM_STATES, state_ids
-from eagle_target_vllm.memory import BlockSink, Layout, SharedBlock, Slot
+from eagle_target_vllm.memory import BlockSink, EngineBlock, Layout, Slot
 
 from eagle_target.errors import ConfigError
 from eagle_target.plugins.options import PluginOptions
@@ -54,8 +54,8 @@ def test_a_block_is_the_same_memory_for_whoever_opens_it() -> None:
     layout = Layout()
     slots = [layout.add("a", (3, 5), torch.bfloat16), layout.add("b", (0, 4), torch.float32)]
     slots.append(layout.add("c", (7,), torch.int32))
-    mine = SharedBlock.create(layout.size)
-    theirs = SharedBlock.open(mine.address)
+    mine = EngineBlock.create(layout.size)
+    theirs = EngineBlock.open_address(mine.address)
     mine.release()
 
     sink = BlockSink(theirs, [Slot.read(slot.plain()) for slot in slots])
@@ -72,7 +72,7 @@ def test_a_block_is_the_same_memory_for_whoever_opens_it() -> None:
 
 def test_a_block_leaves_no_descriptor_and_outlives_its_owner() -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
-    block = SharedBlock.create(64)
+    block = EngineBlock.create(64)
     tensor = block.tensor(Slot("x", 0, (4,), torch.int64))
     block.release()
     block.release()
