@@ -258,7 +258,8 @@ class Dispatcher:
             if not isinstance(value, torch.Tensor):
                 return value
             out = self.world.like(index, value)
-            out.inner.copy_(value)
+            # In its turn: what becomes of the memory's last use may still be to come.
+            self.machine.launch(queue, str(func), _copying(out.inner, value))
             return out
 
         with torch._C._DisableTorchDispatch():

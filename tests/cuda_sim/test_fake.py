@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -84,6 +84,25 @@ def test_tensors_of_two_devices_do_not_mix(world: World) -> None:
 def test_fresh_memory_holds_nothing_of_use(world: World) -> None:
     assert torch.empty(SIZE, device="cuda:0").isnan().all().item()
     assert torch.empty(SIZE, pin_memory=True).isnan().all().item()
+
+
+def test_what_the_host_has_waited_for_is_written_after_the_last_use_of_its_memory(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mask = torch.tensor([True, False, True]).to("cuda:0")
+    held = [torch.zeros(2, 1, dtype=torch.int64, device="cuda:0")]
+    wait = world.machine.wait
+
+    def wait_and_let_go(*arguments: Any) -> None:
+        wait(*arguments)
+        held.clear()  # as another thread may, just then
+
+    monkeypatch.setattr(world.machine, "wait", wait_and_let_go)
+    rows = mask.nonzero()
+    monkeypatch.undo()
+
+    torch.cuda.current_stream("cuda:0").synchronize()
+    assert rows.tolist() == [[0], [2]]
 
 
 def test_work_that_fails_is_told_to_who_waits(machine: Machine) -> None:
