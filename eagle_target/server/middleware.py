@@ -152,9 +152,8 @@ class RequestRecord:
 
     def __init__(self, scope: Scope) -> None:
         headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        address = scope["client"][0] if scope.get("client") else ""
         self.request_id = headers.get(messages.REQUEST_ID.lower().encode()) or secrets.token_hex(8)
-        self.client_id = headers.get(messages.CLIENT.lower().encode()) or address
+        self.client_id = headers.get(messages.CLIENT.lower().encode()) or address_of(scope)
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self.status = 0

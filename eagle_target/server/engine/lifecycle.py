@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from eagle_target.backoff import backoff
 from eagle_target.errors import AdapterError, EagleTargetError, EngineDead, EngineStuck, ServerError
 from eagle_target.protocol.problems import ProblemType
 from eagle_target.server.engine.job import RETRY_SECONDS, Call
@@ -67,7 +68,7 @@ class Restarts:
             return None
         self._times.append(time.monotonic())
         self.total += 1
-        return min(FIRST_PAUSE_SECONDS * 2.0**taken, LONGEST_PAUSE_SECONDS)
+        return backoff(taken + 1, first=FIRST_PAUSE_SECONDS, longest=LONGEST_PAUSE_SECONDS)
 
 
 class Lifecycle:

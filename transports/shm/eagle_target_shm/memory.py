@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from eagle_target.contract.sinks import PackedTensors, RowStore
-from eagle_target.errors import RequestTooLarge
+from eagle_target.protocol.problems import ProblemType
 from eagle_target_shm.cuda import DeviceSegment
 from eagle_target_shm.extents import padded
 
@@ -96,11 +96,9 @@ class SharedMemory:
     def _check_size(self, tensors: Mapping[str, torch.Tensor], missing: Sequence[str]) -> None:
         whole = sum(padded(tensor.nbytes) for tensor in tensors.values())
         if missing and whole > self.arena.capacity:
-            raise RequestTooLarge(
+            raise ProblemType.ANSWER_TOO_LARGE.error(
                 f"the answer takes {whole} bytes of shared memory, a channel has {self.arena.capacity}: use a smaller "
-                f"batch, raise option {self.option} of transport 'shm' on the server, or use transport 'wire'",
-                status=413,
-                problem="answer-too-large",
+                f"batch, raise option {self.option} of transport 'shm' on the server, or use transport 'wire'"
             )
 
 
